@@ -1,0 +1,159 @@
+"""A latents dataset: what tools/encode_videos.py writes and training reads.
+
+    index.json            format, frames a second, the shards and how many samples each holds
+    shard-00000.safetensors   for each sample i: `{i}.latents` [C, T, H, W] and `{i}.prompt_embeds` [L, D], without padding
+    shard-00000.jsonl     for each sample, a line: caption, source, frames, height, width, latents_shape, prompt_tokens
+
+Samples of one latents shape form a bucket; a global batch is of one bucket, so that every rank does the same work.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dmd_ds.errors import UserError
+from dmd_ds.randomness import Randomness
+from dmd_ds.recipe import find_folder
+
+FORMAT = "dmd_ds latents 1"
+INDEX = "index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    latents: torch.Tensor  # [C, T, H, W]
+    prompt_embeds: torch.Tensor  # [L, D]
+    caption: str
+
+
+class LatentsWriter:
+    """Writes a dataset shard by shard; it becomes readable when `close` writes its index."""
+
+    def __init__(self, folder: Path, fps: float, negative_embeds_LD: torch.Tensor, samples_a_shard: int = 256):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.fps, self.samples_a_shard = folder, fps, samples_a_shard
+        self.negative_embeds_LD = negative_embeds_LD
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.lines: list[dict[str, Any]] = []
+        self.shards: list[dict[str, Any]] = []
+
+    def add(self, latents_CTHW: torch.Tensor, prompt_embeds_LD: torch.Tensor, **about: Any) -> None:
+        number = len(self.lines)
+        self.tensors[f"{number}.latents"] = latents_CTHW.contiguous()
+        self.tensors[f"{number}.prompt_embeds"] = prompt_embeds_LD.contiguous()
+        self.lines.append({**about, "latents_shape": list(latents_CTHW.shape), "prompt_tokens": len(prompt_embeds_LD)})
+        if len(self.lines) == self.samples_a_shard:
+            self._write_shard()
+
+    def _write_shard(self) -> None:
+        name = f"shard-{len(self.shards):05d}"
+        save_file(self.tensors, self.folder / f"{name}.safetensors")
+        (self.folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        self.shards.append({"name": name, "samples": len(self.lines)})
+        self.tensors, self.lines = {}, []
+
+    def close(self) -> None:
+        if self.lines:
+            self._write_shard()
+        save_file({"negative_embeds": self.negative_embeds_LD.contiguous()}, self.folder / "negative.safetensors")
+        index = {"format": FORMAT, "fps": self.fps, "shards": self.shards}
+        temporary = self.folder / f"{INDEX}.tmp"
+        temporary.write_text(json.dumps(index, indent=1) + "\n")
+        temporary.rename(self.folder / INDEX)
+
+
+class LatentsDataset(torch.utils.data.Dataset):
+    """Map-style: `dataset[i]` is a Sample, read when asked for."""
+
+    def __init__(self, path: str):
+        self.folder = find_folder("data.path", path, INDEX)
+        index = json.loads((self.folder / INDEX).read_text())
+        if index.get("format") != FORMAT:
+            raise UserError(f"{self.folder / INDEX}: format {index.get('format')!r}, this version reads {FORMAT!r}")
+        self.fps: float = index["fps"]
+        self.places: list[tuple[str, int]] = []  # (shard, number within it)
+        self.about: list[dict[str, Any]] = []
+        for shard in index["shards"]:
+            lines = (self.folder / f"{shard['name']}.jsonl").read_text().splitlines()
+            if len(lines) != shard["samples"]:
+                raise UserError(f"{self.folder}/{shard['name']}.jsonl: {len(lines)} samples, the index says {shard['samples']}")
+            self.about += [json.loads(line) for line in lines]
+            self.places += [(shard["name"], number) for number in range(len(lines))]
+        if not self.places:
+            raise UserError(f"{self.folder}: the dataset holds no sample")
+        with safe_open(self.folder / "negative.safetensors", framework="pt") as file:
+            self.negative_embeds_LD = file.get_tensor("negative_embeds")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt, the negative one included."""
+        return max(len(self.negative_embeds_LD), *(about["prompt_tokens"] for about in self.about))
+
+    def _tensor(self, index: int, name: str) -> torch.Tensor:
+        shard, number = self.places[index]
+        path = self.folder / f"{shard}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(f"{number}.{name}")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: {number}.{name} cannot be read: {error}") from error
+
+    def prompt_embeds(self, index: int) -> torch.Tensor:
+        """`[L, D]`, without padding."""
+        return self._tensor(index, "prompt_embeds")
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self._tensor(index, "latents"), self.prompt_embeds(index), self.about[index]["caption"])
+
+    def buckets(self) -> dict[tuple[int, int, int, int], list[int]]:
+        """Sample indices by latents shape `[C, T, H, W]`, in a fixed order."""
+        buckets: dict[tuple[int, int, int, int], list[int]] = {}
+        for index, about in enumerate(self.about):
+            buckets.setdefault(tuple(about["latents_shape"]), []).append(index)
+        return dict(sorted(buckets.items()))
+
+
+class BatchOrder:
+    """Which samples step n sees: a function of (seed, step), so nothing of it needs saving.
+
+    An epoch visits each bucket in random order, in global batches of one bucket each, the last one filled from the
+    bucket's beginning; the batches of all buckets are then shuffled.
+    """
+
+    def __init__(self, buckets: dict[tuple, list[int]], global_batch_size: int, randomness: Randomness):
+        self.buckets, self.size, self.randomness = buckets, global_batch_size, randomness
+        self.steps_an_epoch = sum(math.ceil(len(indices) / global_batch_size) for indices in buckets.values())
+        self.epoch, self.batches = -1, []
+
+    def __call__(self, step: int) -> tuple[tuple, list[int]]:
+        """(latents shape, dataset indices of the whole global batch)."""
+        epoch, place = divmod(step, self.steps_an_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.batches = epoch, self._shuffled(epoch)
+        return self.batches[place]
+
+    def _shuffled(self, epoch: int) -> list[tuple[tuple, list[int]]]:
+        batches = []
+        for number, (shape, indices) in enumerate(self.buckets.items()):
+            order = [indices[i] for i in self.randomness.permutation(f"bucket{number}", epoch, len(indices))]
+            batch_count = math.ceil(len(order) / self.size)
+            filled = (order * math.ceil(batch_count * self.size / len(order)))[: batch_count * self.size]
+            batches += [(shape, filled[i * self.size : (i + 1) * self.size]) for i in range(batch_count)]
+        return [batches[i] for i in self.randomness.permutation("batches", epoch, len(batches))]
+
+
+def pad_embeds(embeds: list[torch.Tensor], tokens: int) -> torch.Tensor:
+    """`[B, tokens, D]`: each `[L, D]` followed by zeros, of which at least one (see wan.denoiser.padding_bias)."""
+    out = embeds[0].new_zeros(len(embeds), tokens, embeds[0].shape[-1])
+    for row, embed in zip(out, embeds, strict=True):
+        row[: len(embed)] = embed
+    return out

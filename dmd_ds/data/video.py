@@ -1,0 +1,90 @@
+"""Video files: read at a wanted size and rate, written as H.264, laid side by side as a contact sheet.
+
+Videos are uint8 `[T, H, W, 3]`.
+"""
+
+from pathlib import Path
+
+import av
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dmd_ds.errors import UserError
+
+
+def fit(frames_THW3: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scaled until it covers height x width, then cropped to it around the middle."""
+    _, old_height, old_width, _ = frames_THW3.shape
+    scale = max(height / old_height, width / old_width)
+    size = max(height, round(old_height * scale)), max(width, round(old_width * scale))
+    if size != (old_height, old_width):
+        pixels = torch.from_numpy(frames_THW3).permute(0, 3, 1, 2).float()
+        pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+        frames_THW3 = pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return np.ascontiguousarray(frames_THW3[:, top : top + height, left : left + width])
+
+
+def read_video(path: Path, frames: int, height: int, width: int, fps: float) -> np.ndarray:
+    """The first `frames` frames at `fps` (nearest in time) and that size; of a shorter film as many as it has, cut to
+    4n + 1, the counts that the Wan VAE takes. `UserError` when the file cannot be read as a video."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    kept, pieces = 0, []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UserError(f"{path}: holds no video")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            begin = last = None
+            for number, frame in enumerate(container.decode(stream)):
+                time = frame.time if frame.time is not None else number / float(stream.average_rate or fps)
+                begin = time if begin is None else begin
+                picture = None
+                # frame k of the result is the last one shown at time k / fps, with a little tolerance for rounding
+                while kept < frames and time - begin >= kept / fps - 1e-3:
+                    picture = frame.to_ndarray(format="rgb24")[None] if picture is None else picture
+                    pieces.append(fit(picture, height, width))
+                    kept += 1
+                last = time
+                if kept == frames:
+                    break
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"{path}: not readable as a video: {error}") from error
+    if not pieces or last is None:
+        raise UserError(f"{path}: holds no frame")
+    return np.concatenate(pieces[: (kept - 1) // 4 * 4 + 1])
+
+
+def write_video(path: Path, video_THW3: np.ndarray, fps: float) -> None:
+    """H.264 in yuv420p, which every browser plays; written beside and renamed, so a file of this name is whole."""
+    temporary = path.with_name(f".{path.stem}.tmp.mp4")
+    iio.imwrite(
+        temporary,
+        video_THW3,
+        plugin="pyav",
+        codec="libx264",
+        fps=fps,
+        out_pixel_format="yuv420p",
+    )
+    temporary.rename(path)
+
+
+def contact_sheet(rows: list[list[np.ndarray]], frames: int = 5, gap: int = 4) -> np.ndarray:
+    """One picture: a row a prompt, a block of evenly chosen frames for each of its videos. All videos of one size."""
+
+    def strip(video):
+        chosen = video[np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)]
+        return np.concatenate(list(chosen), axis=1)
+
+    lines = []
+    for videos in rows:
+        strips = [strip(video) for video in videos]
+        spacer = np.full((strips[0].shape[0], 3 * gap, 3), 255, np.uint8)
+        line = [part for one in strips for part in (one, spacer)][:-1]
+        lines += [np.concatenate(line, axis=1)]
+    spacer = np.full((gap, lines[0].shape[1], 3), 255, np.uint8)
+    return np.concatenate([part for line in lines for part in (line, spacer)][:-1])

@@ -1,0 +1,146 @@
+"""The DMD2 engine: a generator and a fake score that take turns, each in its own DeepSpeed ZeRO-3 engine.
+
+Between the two engines only plain tensors pass. The score side turns the generator's x0 into one tensor dL/dx0 on a detached
+leaf, and the generator's engine back-propagates that tensor. Real and fake score are one module: a frozen base with a LoRA
+adapter; the adapter's weight, an argument of each call, says which of the two a sample sees.
+
+Shape suffixes: B batch, C channels, T latent frames, H W latent height and width, L tokens, D text width.
+"""
+
+import dataclasses
+
+import deepspeed
+import torch
+
+from dmd_ds import flow
+from dmd_ds.distill.losses import (
+    distribution_matching_gradient,
+    distribution_matching_loss,
+    flow_matching_loss,
+    guided_x0,
+)
+from dmd_ds.distill.rollout import rollout
+from dmd_ds.parallel.engine import set_lr
+from dmd_ds.randomness import Randomness
+from dmd_ds.recipe import Recipe, Score
+from dmd_ds.sampler import few_step_sigmas
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one step is computed on. `samples` are the places of these samples in the global batch: they key every draw."""
+
+    samples: list[int]
+    prompt_embeds_BLD: torch.Tensor
+    latents_shape: tuple[int, int, int, int]  # [C, T, H, W]
+
+
+def score_sigmas(uniform_B: torch.Tensor, score: Score) -> torch.Tensor:
+    """Noise levels for the scores: uniform numbers, shifted, kept within the recipe's range."""
+    return flow.shift_sigma(uniform_B, score.shift).clamp(score.sigma_min, score.sigma_max)
+
+
+def x0_of_scores(
+    score_model: torch.nn.Module,
+    x_BCTHW: torch.Tensor,
+    sigma_B: torch.Tensor,
+    prompt_embeds_BLD: torch.Tensor,
+    negative_embeds_BLD: torch.Tensor,
+    guidance: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Real (guided) and fake x0 of the same noised latents, `[B, C, T, H, W]` each.
+
+    Fake, real conditional and real unconditional go through the base as one batch, so each of its layers is gathered once.
+    """
+    embeds = [prompt_embeds_BLD, prompt_embeds_BLD]
+    if guidance != 1.0:
+        embeds.append(negative_embeds_BLD)
+    parts = len(embeds)
+    adapter_weight = torch.zeros(parts, len(x_BCTHW), device=x_BCTHW.device)
+    adapter_weight[0] = 1.0
+    x, sigma = x_BCTHW.repeat(parts, 1, 1, 1, 1), sigma_B.repeat(parts)
+    velocity = score_model(x, sigma, torch.cat(embeds), adapter_weight.flatten())
+    fake, real, *unconditional = flow.x0_from_velocity(x, velocity, sigma).chunk(parts)
+    return (guided_x0(real, unconditional[0], guidance) if unconditional else real), fake
+
+
+class DMD2Engine:
+    """Coordinates the two engines. `negative_embeds_1LD` is the text that guidance pushes away from."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        generator: deepspeed.DeepSpeedEngine,
+        fake_score: deepspeed.DeepSpeedEngine,
+        negative_embeds_1LD: torch.Tensor,
+        device: torch.device,
+    ):
+        self.recipe = recipe
+        self.generator = generator
+        self.fake_score = fake_score
+        self.negative_embeds_1LD = negative_embeds_1LD.to(device)
+        self.device = device
+        self.randomness = Randomness(recipe.seed)
+        self.sigmas = few_step_sigmas(recipe.sampling)
+
+    def rollout(self, batch: Batch, step: int, purpose: str, velocity_at_exit) -> torch.Tensor:
+        """The generator's x0 at an exit step that is the same on all ranks, with gradient as `velocity_at_exit` has it."""
+        return rollout(
+            velocity=lambda x, sigma_B: self.generator.module(x, sigma_B, batch.prompt_embeds_BLD),
+            velocity_at_exit=velocity_at_exit,
+            sigmas=self.sigmas,
+            exit_step=self.randomness.integer(f"{purpose}/exit_step", step, self.recipe.sampling.steps),
+            randomness=self.randomness,
+            purpose=purpose,
+            step=step,
+            samples=batch.samples,
+            shape=batch.latents_shape,
+            device=self.device,
+        )
+
+    def noised(self, x0_BCTHW: torch.Tensor, batch: Batch, step: int, purpose: str):
+        """The samples at a random noise level: (noised latents, noise, sigma)."""
+        noise = self.randomness.normal(f"{purpose}/score_noise", step, batch.samples, batch.latents_shape, self.device)
+        uniform_B = self.randomness.uniform(f"{purpose}/score_sigma", step, batch.samples, self.device)
+        sigma_B = score_sigmas(uniform_B, self.recipe.score)
+        return flow.add_noise(x0_BCTHW, noise, sigma_B), noise, sigma_B
+
+    def generator_step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+        """One update of the generator by the distribution-matching gradient."""
+        self.generator.train()
+        x0_BCTHW = self.rollout(
+            batch, step, "generator", lambda x, sigma_B: self.generator(x, sigma_B, batch.prompt_embeds_BLD)
+        )
+        with torch.no_grad():
+            leaf_BCTHW = x0_BCTHW.detach()
+            x_BCTHW, _, sigma_B = self.noised(leaf_BCTHW, batch, step, "generator")
+            real, fake = x0_of_scores(
+                self.fake_score.module,
+                x_BCTHW,
+                sigma_B,
+                batch.prompt_embeds_BLD,
+                self.negative_embeds_1LD.expand(len(leaf_BCTHW), -1, -1),
+                self.recipe.score.guidance,
+            )
+            loss, dloss_dx0 = distribution_matching_loss(distribution_matching_gradient(leaf_BCTHW, real, fake))
+        self.generator.backward((x0_BCTHW * dloss_dx0).sum())  # the derivative of this scalar is dL/dx0 itself
+        set_lr(self.generator, self.recipe.generator, step // self.recipe.fake_score.updates_per_generator_update)
+        self.generator.step()
+        return {"loss/dm": loss, "grad_norm/generator": self.generator.get_global_grad_norm()}
+
+    def fake_score_step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+        """One update of the fake score: denoise what the generator makes now."""
+        with torch.no_grad():
+            x0_BCTHW = self.rollout(
+                batch,
+                step,
+                "fake_score",
+                lambda x, sigma_B: self.generator.module(x, sigma_B, batch.prompt_embeds_BLD),
+            )
+            x_BCTHW, noise_BCTHW, sigma_B = self.noised(x0_BCTHW, batch, step, "fake_score")
+        velocity_BCTHW = self.fake_score(x_BCTHW, sigma_B, batch.prompt_embeds_BLD)
+        loss = flow_matching_loss(velocity_BCTHW, x0_BCTHW, noise_BCTHW)
+        self.fake_score.backward(loss)
+        set_lr(self.fake_score, self.recipe.fake_score, step)
+        self.fake_score.step()
+        return {"loss/fake_score": loss.detach(), "grad_norm/fake_score": self.fake_score.get_global_grad_norm()}

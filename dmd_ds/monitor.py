@@ -1,0 +1,46 @@
+"""What a run tells while it runs: metrics.jsonl, TensorBoard, a progress bar. Only the first rank writes."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dmd_ds.checkpoint import write_whole
+
+
+class Monitor:
+    def __init__(self, run: Path, first_step: int, max_steps: int, writes: bool):
+        self.writes = writes
+        self.began = time.monotonic()
+        if not writes:
+            return
+        self.metrics = run / "metrics.jsonl"
+        if self.metrics.is_file():  # steps after the checkpoint that a resumed run takes again
+            lines = self.metrics.read_text().splitlines(keepends=True)
+            write_whole(self.metrics, "".join(line for line in lines if json.loads(line)["step"] <= first_step))
+        self.file = self.metrics.open("a", buffering=1)
+        self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=first_step + 1)
+        self.bar = tqdm(initial=first_step, total=max_steps, unit="step", file=sys.stdout, mininterval=10, ncols=110)
+
+    def log(self, step: int, values: dict[str, torch.Tensor | float]) -> None:
+        """One line for `step` (the number of steps finished), with the seconds since the last."""
+        now = time.monotonic()
+        seconds, self.began = now - self.began, now
+        if not self.writes:
+            return
+        numbers = {name: float(value) for name, value in values.items()} | {"seconds": seconds}
+        self.file.write(json.dumps({"step": step, **numbers}) + "\n")
+        for name, number in numbers.items():
+            self.tensorboard.add_scalar(name, number, step)
+        self.bar.set_postfix({name: f"{number:.3g}" for name, number in numbers.items() if name.startswith("loss")}, refresh=False)
+        self.bar.update()
+
+    def close(self) -> None:
+        if self.writes:
+            self.file.close()
+            self.tensorboard.close()
+            self.bar.close()

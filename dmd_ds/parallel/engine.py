@@ -1,0 +1,78 @@
+"""A DeepSpeed ZeRO-3 engine from a module and one of the ds_configs/*.json.
+
+Two rules of use, both measured: a forward that is not followed by this engine's own backward goes through `engine.module`
+(a foreign backward through `engine` corrupts its next step), and every rank makes the same number of forwards.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from dmd_ds.errors import UserError
+from dmd_ds.recipe import Optimizer, find_ds_config
+
+
+def read_ds_config(key: str, path: str) -> dict[str, Any]:
+    """The JSON as it stands; `UserError` names file and line."""
+    file = find_ds_config(key, path)
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not readable as JSON: {error.msg}") from error
+    stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, dict) else None
+    if stage != 3:
+        raise UserError(f"{file}: zero_optimization.stage={stage!r}; this project shards weights, which is stage 3")
+    return config
+
+
+def complete_ds_config(config: dict[str, Any], optimizer: Optimizer, batch_size: int) -> dict[str, Any]:
+    """The JSON with what the recipe decides: batch size, clipping, optimiser. fp32 where there is no accelerator."""
+    parameters = {
+        **config.get("optimizer", {}).get("params", {}),
+        "lr": optimizer.lr,
+        "betas": list(optimizer.betas),
+        "weight_decay": optimizer.weight_decay,
+    }
+    on_cpu = get_accelerator().device_name() == "cpu"
+    return {
+        **config,
+        "bf16": {"enabled": False} if on_cpu else config.get("bf16", {"enabled": True}),
+        "optimizer": {**config.get("optimizer", {"type": "AdamW"}), "params": parameters},
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.max_grad_norm,
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+def sharded_build(ds_config: dict[str, Any], build):
+    """`build()` with every weight sharded over the ranks as soon as it is made."""
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+        return build()
+
+
+def make_engine(module: nn.Module, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """An engine that trains what requires a gradient in the module."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=trainable, config=ds_config)
+    return engine
+
+
+def set_lr(engine: deepspeed.DeepSpeedEngine, optimizer: Optimizer, update: int) -> None:
+    """The learning rate of this engine's `update`-th optimiser step, a function of that number alone."""
+    warm = min(1.0, (update + 1) / (optimizer.warmup_steps + 1))
+    for group in engine.optimizer.param_groups:
+        group["lr"] = optimizer.lr * warm
+
+
+def shard(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole tensor, as ZeRO-3 cuts it: flattened, padded to equal parts (no communication)."""
+    part = parameter.ds_tensor
+    start = part.numel() * torch.distributed.get_rank(parameter.ds_process_group)
+    mine = whole.reshape(-1)[start : start + part.numel()]
+    return torch.nn.functional.pad(mine, (0, part.numel() - mine.numel()))

@@ -1,0 +1,149 @@
+"""The one loop: batch -> generator step when due -> fake-score step -> log -> validate -> save."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dmd_ds import checkpoint
+from dmd_ds.data.latents import BatchOrder, LatentsDataset, pad_embeds
+from dmd_ds.distill.dmd2 import Batch, DMD2Engine
+from dmd_ds.errors import UserError
+from dmd_ds.monitor import Monitor
+from dmd_ds.parallel.engine import complete_ds_config, make_engine, read_ds_config, shard, sharded_build
+from dmd_ds.parallel.mesh import Mesh, make_mesh, world_size
+from dmd_ds.randomness import Randomness
+from dmd_ds.recipe import Optimizer, Recipe, dump_recipe
+from dmd_ds.sampler import few_step_sigmas
+from dmd_ds.validation import Validation
+from dmd_ds.wan.denoiser import WanDenoiser
+from dmd_ds.wan.text import padded_tokens
+from dmd_ds.wan.weights import empty_transformer, find_model, load_weights, renew_buffers, transformer_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a recipe names on disk, found and checked before any engine is built."""
+
+    recipe: Recipe
+    model: Path
+    dataset: LatentsDataset
+    transformer_config: dict
+    ds_configs: dict[str, dict]
+    resume_from: Path | None
+    first_step: int
+
+    def summary(self) -> str:
+        config, recipe = self.transformer_config, self.recipe
+        shapes = ", ".join("x".join(map(str, shape)) for shape in self.dataset.buckets())
+        sigmas = " ".join(f"{sigma:.3f}" for sigma in few_step_sigmas(recipe.sampling))
+        return (
+            f"model {self.model}: {config['num_layers']} layers, {config['num_attention_heads']} heads of "
+            f"{config['attention_head_dim']}\n"
+            f"data {self.dataset.folder}: {len(self.dataset)} samples, latents {shapes}\n"
+            f"{world_size()} ranks x batch {recipe.data.batch_size}; steps {self.first_step} to {recipe.max_steps}, "
+            f"a generator update every {recipe.fake_score.updates_per_generator_update}; sigmas {sigmas}"
+        )
+
+
+def check_inputs(recipe: Recipe) -> Inputs:
+    """Finds everything the recipe names; `UserError` for what is missing or does not fit together."""
+    for name in ("ulysses", "ring"):
+        degree = getattr(recipe.parallel, name)
+        if degree != 1:
+            raise UserError(f"parallel.{name}={degree}: this version splits no sample over ranks; use 1")
+    if recipe.score.sigma_min >= recipe.score.sigma_max:
+        raise UserError(f"score.sigma_min={recipe.score.sigma_min} is not below score.sigma_max={recipe.score.sigma_max}")
+    model = find_model(recipe.model.path)
+    config = transformer_config(model)
+    dataset = LatentsDataset(recipe.data.path)
+    for shape in dataset.buckets():
+        if shape[0] != config["in_channels"]:
+            raise UserError(f"data.path={recipe.data.path}: latents of {shape[0]} channels, model.path takes {config['in_channels']}")
+        for size, patch in zip(shape[1:], config["patch_size"], strict=True):
+            if size % patch:
+                raise UserError(f"data.path={recipe.data.path}: latents {list(shape[1:])} do not divide into patches {config['patch_size']}")
+    text_width = dataset.negative_embeds_LD.shape[1]
+    if text_width != config["text_dim"]:
+        raise UserError(f"data.path={recipe.data.path}: text of width {text_width}, model.path takes {config['text_dim']}")
+    sections: dict[str, Optimizer] = {"generator": recipe.generator, "fake_score": recipe.fake_score}
+    ds_configs = {
+        name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data.batch_size)
+        for name, section in sections.items()
+    }
+    resume_from = checkpoint.latest(Path(recipe.output_dir))
+    first_step = checkpoint.read_state(resume_from, world_size()) if resume_from else 0
+    return Inputs(recipe, model, dataset, config, ds_configs, resume_from, first_step)
+
+
+def build_denoiser(inputs: Inputs, ds_config: dict) -> WanDenoiser:
+    """The model's denoiser, sharded over the ranks and loaded a tensor at a time."""
+    transformer = sharded_build(ds_config, lambda: empty_transformer(inputs.transformer_config))
+    renew_buffers(transformer)
+    load_weights(transformer, inputs.model / "transformer", shard)
+    return WanDenoiser(transformer, inputs.recipe.activation_checkpointing)
+
+
+class Trainer:
+    def __init__(self, inputs: Inputs):
+        recipe = self.recipe = inputs.recipe
+        self.run = Path(recipe.output_dir)
+        self.mesh: Mesh = make_mesh()
+        self.dataset = inputs.dataset
+        self.prompt_tokens = padded_tokens(self.dataset.most_prompt_tokens)
+        global_batch_size = recipe.data.batch_size * self.mesh.data_size
+        self.order = BatchOrder(self.dataset.buckets(), global_batch_size, Randomness(recipe.seed))
+
+        torch.manual_seed(recipe.seed)  # the LoRA adapter's first weights, alike on all ranks
+        score_model = build_denoiser(inputs, inputs.ds_configs["fake_score"])
+        score_model.add_adapter(recipe.fake_score.lora_rank, recipe.fake_score.lora_alpha)
+        self.engines = {
+            "generator": make_engine(build_denoiser(inputs, inputs.ds_configs["generator"]), inputs.ds_configs["generator"]),
+            "fake_score": make_engine(score_model, inputs.ds_configs["fake_score"]),
+        }
+        negative_embeds_1LD = pad_embeds([self.dataset.negative_embeds_LD], self.prompt_tokens)
+        self.dmd2 = DMD2Engine(recipe, **self.engines, negative_embeds_1LD=negative_embeds_1LD, device=self.mesh.device)
+        self.validation = (
+            Validation(recipe, inputs.model, self.dataset, self.prompt_tokens, self.mesh) if recipe.validation.every else None
+        )
+        self.first_step = inputs.first_step
+        if inputs.resume_from:
+            checkpoint.load(inputs.resume_from, self.engines)
+        if self.mesh.is_first:
+            self.run.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_whole(self.run / "recipe.yaml", dump_recipe(recipe))
+        self.monitor = Monitor(self.run, self.first_step, recipe.max_steps, writes=self.mesh.is_first)
+
+    def batch(self, step: int) -> Batch:
+        """This rank's part of the step's global batch."""
+        shape, indices = self.order(step)
+        places = self.mesh.samples(self.recipe.data.batch_size)
+        embeds = [self.dataset.prompt_embeds(indices[place]) for place in places]
+        return Batch(places, pad_embeds(embeds, self.prompt_tokens).to(self.mesh.device), shape)
+
+    def train(self) -> None:
+        for step in range(self.first_step, self.recipe.max_steps):
+            batch = self.batch(step)
+            metrics = {}
+            if step % self.recipe.fake_score.updates_per_generator_update == 0:
+                metrics |= self.dmd2.generator_step(batch, step)
+            metrics |= self.dmd2.fake_score_step(batch, step)
+            self.after(step + 1, metrics)
+        self.monitor.close()
+        dist.destroy_process_group()
+
+    def after(self, step: int, metrics: dict[str, torch.Tensor | float]) -> None:
+        """Logs, validates and saves, after `step` steps."""
+        self.monitor.log(step, self.mean_over_ranks(metrics))
+        last = step == self.recipe.max_steps
+        if self.validation and (last or step % self.recipe.validation.every == 0):
+            self.validation.sample(self.engines["generator"].module, self.run / "samples" / f"step_{step:06d}")
+        if last or step % self.recipe.save_every == 0:
+            checkpoint.save(self.run, step, self.engines, self.mesh)
+
+    def mean_over_ranks(self, metrics: dict[str, torch.Tensor | float]) -> dict[str, float]:
+        """Means of the ranks' numbers, with one collective and one synchronisation."""
+        numbers = torch.stack([torch.as_tensor(value, device=self.mesh.device).float() for value in metrics.values()])
+        dist.all_reduce(numbers)
+        return dict(zip(metrics, (numbers / self.mesh.world_size).tolist(), strict=True))

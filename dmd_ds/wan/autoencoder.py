@@ -1,0 +1,36 @@
+"""The Wan VAE behind three small functions: pixels [B, 3, T, H, W] in [-1, 1], latents [B, C, T', H', W'] of unit variance."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+
+TIME_STRIDE, SPACE_STRIDE = 4, 8
+
+
+def load_autoencoder(folder: Path, device: torch.device) -> AutoencoderKLWan:
+    return AutoencoderKLWan.from_pretrained(folder / "vae").to(device).eval().requires_grad_(False)
+
+
+def _mean_and_std(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def broadcast(values):
+        return torch.tensor(values, device=like.device, dtype=torch.float32).view(1, -1, 1, 1, 1)
+
+    return broadcast(vae.config.latents_mean), broadcast(vae.config.latents_std)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKLWan, pixels_B3THW: torch.Tensor) -> torch.Tensor:
+    """Latents as the denoiser sees them, float32; T must be 4n + 1, H and W multiples of 8."""
+    latents = vae.encode(pixels_B3THW.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    mean, std = _mean_and_std(vae, latents)
+    return (latents - mean) / std
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKLWan, latents_BCTHW: torch.Tensor) -> torch.Tensor:
+    """Videos, uint8 `[B, T, H, W, 3]` on the CPU."""
+    mean, std = _mean_and_std(vae, latents_BCTHW)
+    latents = (latents_BCTHW.float() * std + mean).to(vae.device, vae.dtype)
+    pixels = torch.cat([vae.decode(one).sample for one in latents.split(1)]).float()
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()

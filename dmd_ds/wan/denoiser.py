@@ -1,0 +1,136 @@
+"""The Wan2.1 denoiser: diffusers' WanTransformer3DModel, driven block by block.
+
+Driving the blocks ourselves is what lets one forward serve several scores (a LoRA weight a sample), checkpoint exactly the
+blocks, and trim the text. Shape suffixes: B batch, C channels, T latent frames, H W latent height and width, L tokens, D width.
+"""
+
+import contextlib
+import math
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+TEXT_TOKENS = 512  # Wan2.1 pads its text with zeros to this length, and attends to the padding
+ADAPTER = "fake_score"
+ADAPTER_TARGETS = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
+
+
+def padding_bias(tokens: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
+    """Attention bias `[tokens]` under which trimmed text counts as the full 512 tokens; None where nothing is trimmed.
+
+    All padding tokens are one vector, so m of them weigh in a softmax like one whose logit is raised by log m: the last
+    of the trimmed tokens, a padding token, stands for itself and for all that were cut. Exact, not an approximation.
+    """
+    if tokens == TEXT_TOKENS:
+        return None
+    bias_L = torch.zeros(tokens, device=device, dtype=dtype)
+    bias_L[-1] = math.log(TEXT_TOKENS - tokens + 1)
+    return bias_L
+
+
+class CrossAttention:
+    """Attention processor of the text cross-attention, for text trimmed to fewer than 512 tokens."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, rotary_emb=None):
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
+        bias_L = padding_bias(key.shape[1], query.device, query.dtype)
+        mask = None if bias_L is None else bias_L.expand(query.shape[0], 1, query.shape[1], -1)
+        out = dispatch_attention_fn(query, key, value, attn_mask=mask)
+        return attn.to_out[0](out.flatten(2, 3).type_as(query))
+
+
+class AdapterWeight:
+    """How much of the LoRA adapter each sample sees: 1 is the fake score, 0 the real score, in one batch.
+
+    The weight is set around each block's call, inside the function that activation checkpointing runs again, so that the
+    recomputation sees what the forward saw.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.weight_B: torch.Tensor | None = None
+        for layer in module.modules():
+            if isinstance(layer, LoraLayer):
+                layer.lora_B[ADAPTER].register_forward_hook(self._scale)
+
+    def _scale(self, _module, _inputs, output_BLD):
+        if self.weight_B is None:
+            return output_BLD
+        return output_BLD * self.weight_B.to(output_BLD.dtype).view(-1, 1, 1)
+
+    @contextlib.contextmanager
+    def __call__(self, weight_B: torch.Tensor | None):
+        self.weight_B = weight_B
+        try:
+            yield
+        finally:
+            self.weight_B = None
+
+
+class WanDenoiser(nn.Module):
+    """Predicts the velocity of noised video latents.
+
+    `transformer`: the diffusers model, whose weights and names stay as they are.
+    `activation_checkpointing`: keep only each block's input for the backward and run the block again there.
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel, activation_checkpointing: bool = False):
+        super().__init__()
+        self.transformer = transformer
+        self.activation_checkpointing = activation_checkpointing
+        self.adapter_weight: AdapterWeight | None = None
+        for block in transformer.blocks:
+            block.attn2.set_processor(CrossAttention())
+
+    def add_adapter(self, rank: int, alpha: float) -> None:
+        """Freezes the transformer and lays a LoRA adapter over every linear layer of its blocks (Hu et al. 2021)."""
+        self.transformer.requires_grad_(False)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=ADAPTER_TARGETS)
+        inject_adapter_in_model(config, self.transformer, adapter_name=ADAPTER)
+        self.adapter_weight = AdapterWeight(self.transformer)
+
+    def forward(
+        self,
+        x_BCTHW: torch.Tensor,
+        sigma_B: torch.Tensor,
+        prompt_embeds_BLD: torch.Tensor,
+        adapter_weight_B: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The velocity `[B, C, T, H, W]` in float32.
+
+        `x_BCTHW`: noised latents; `sigma_B`: noise level in [0, 1]; `prompt_embeds_BLD`: text padded with zeros to 512
+        tokens, or trimmed to fewer of which the last is padding. `adapter_weight_B`: how much of the LoRA each sample
+        sees (None: all of it).
+        """
+        wan = self.transformer
+        p_t, p_h, p_w = wan.config.patch_size
+        T, H, W = (size // patch for size, patch in zip(x_BCTHW.shape[2:], (p_t, p_h, p_w), strict=True))
+        dtype = wan.patch_embedding.weight.dtype
+
+        rotary = wan.rope(x_BCTHW)
+        hidden_BLD = wan.patch_embedding(x_BCTHW.to(dtype)).flatten(2).transpose(1, 2).contiguous()
+        time_BD, modulation_BD, text_BLD, _ = wan.condition_embedder(1000.0 * sigma_B, prompt_embeds_BLD.to(dtype))
+        modulation_B6D = modulation_BD.unflatten(1, (6, -1))
+
+        for block in wan.blocks:
+            arguments = (block, hidden_BLD, text_BLD, modulation_B6D, rotary, adapter_weight_B)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden_BLD = checkpoint(self._run_block, *arguments, use_reentrant=False)
+            else:
+                hidden_BLD = self._run_block(*arguments)
+
+        shift_B1D, scale_B1D = (wan.scale_shift_table + time_BD[:, None].float()).chunk(2, dim=1)
+        hidden_BLD = (wan.norm_out(hidden_BLD.float()) * (1 + scale_B1D) + shift_B1D).to(dtype)
+        out = wan.proj_out(hidden_BLD).float().unflatten(1, (T, H, W)).unflatten(-1, (p_t, p_h, p_w, -1))
+        # [B, T, H, W, p_t, p_h, p_w, C] -> [B, C, T p_t, H p_h, W p_w]
+        return out.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def _run_block(self, block, hidden_BLD, text_BLD, modulation_B6D, rotary, adapter_weight_B):
+        with self.adapter_weight(adapter_weight_B) if self.adapter_weight else contextlib.nullcontext():
+            return block(hidden_BLD, text_BLD, modulation_B6D, rotary)

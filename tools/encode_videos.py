@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Turns video files with captions into a latents dataset: VAE latents, text embeddings, metadata.
+
+    python tools/encode_videos.py CLIPS OUT --model MODEL --frames 81 --height 480 --width 832 --fps 16
+
+CLIPS is one of
+    a .jsonl file       a line a clip: {"video_path": "a.mp4", "caption": "..."}
+    a .json file        a list, as in videos2caption.json: [{"path": "a.mp4", "cap": "..."}, ...]
+    a folder            every video in it that has a .txt of the same stem, which is its caption
+Paths are relative to the file that names them. A broken clip is named, counted and skipped.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dmd_ds.data.latents import LatentsWriter
+from dmd_ds.data.video import read_video
+from dmd_ds.errors import UserError, one_line_errors
+from dmd_ds.wan.autoencoder import SPACE_STRIDE, TIME_STRIDE, encode, load_autoencoder
+from dmd_ds.wan.text import encode_prompts, load_text_encoder
+from dmd_ds.wan.weights import find_model, transformer_config
+
+VIDEO_ENDINGS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    path: Path
+    caption: str
+
+
+def parse_clip(where: str, record: object, folder: Path, path_key: str, caption_key: str) -> Clip:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: not a mapping with {path_key} and {caption_key}")
+    path, caption = record.get(path_key), record.get(caption_key)
+    caption = caption[0] if isinstance(caption, list) and caption else caption
+    for key, value in ((path_key, path), (caption_key, caption)):
+        if not isinstance(value, str):
+            raise UserError(f"{where}: {key} is {value!r}, not text")
+    return Clip(folder / path, caption)
+
+
+def list_clips(source: Path) -> list[Clip]:
+    """The clips that a jsonl, a videos2caption.json or a folder names; `UserError` names file and line."""
+    if source.is_dir():
+        videos = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEO_ENDINGS)
+        clips = [Clip(path, path.with_suffix(".txt").read_text().strip()) for path in videos if path.with_suffix(".txt").is_file()]
+        if not clips:
+            raise UserError(f"{source}: {len(videos)} videos, none with a .txt of the same stem beside it")
+        return clips
+    if not source.is_file():
+        raise UserError(f"{source}: no such file or folder")
+    try:
+        text = source.read_text()
+        if source.suffix == ".jsonl":
+            lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+            records = []
+            for number, line in lines:
+                try:
+                    records.append((f"{source}:{number}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{source}:{number}: not readable as JSON: {error.msg}") from error
+            keys = "video_path", "caption"
+        else:
+            content = json.loads(text)
+            if not isinstance(content, list):
+                raise UserError(f"{source}: a list of clips is expected, not a {type(content).__name__}")
+            records = [(f"{source}: clip {number}", record) for number, record in enumerate(content)]
+            keys = "path", "cap"
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: not readable as JSON: {error}") from error
+    if not records:
+        raise UserError(f"{source}: names no clip")
+    return [parse_clip(where, record, source.parent, *keys) for where, record in records]
+
+
+def check_size(model: Path, frames: int, height: int, width: int) -> None:
+    patch = transformer_config(model)["patch_size"]
+    if frames < 1 or (frames - 1) % TIME_STRIDE:
+        raise UserError(f"--frames {frames}: the VAE takes 4n + 1, the nearest is {max(0, frames - 1) // 4 * 4 + 1}")
+    for name, size, stride in (("height", height, SPACE_STRIDE * patch[1]), ("width", width, SPACE_STRIDE * patch[2])):
+        if size < stride or size % stride:
+            raise UserError(f"--{name} {size}: must be a multiple of {stride}, the nearest is {max(stride, round(size / stride) * stride)}")
+
+
+def encode_videos(source: Path, out: Path, model: Path, frames: int, height: int, width: int, fps: float, negative: str) -> int:
+    """Writes the dataset and returns how many clips it holds; skipped ones are named on stderr."""
+    clips = list_clips(source)
+    check_size(model, frames, height, width)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: exists already; name another folder or remove it")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae, text = load_autoencoder(model, device), load_text_encoder(model, device)
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    writer = LatentsWriter(unfinished, fps, encode_prompts(text, [negative])[0])
+    embeds, written = {}, 0
+    for clip in tqdm(clips, desc="encoding", unit="clip", file=sys.stderr, mininterval=5):
+        try:
+            video_THW3 = read_video(clip.path, frames, height, width, fps)
+        except UserError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        if clip.caption not in embeds:
+            embeds[clip.caption] = encode_prompts(text, [clip.caption])[0]
+        pixels = torch.from_numpy(video_THW3).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        latents = encode(vae, pixels)[0].to(torch.bfloat16 if device.type == "cuda" else torch.float32).cpu()
+        writer.add(
+            latents,
+            embeds[clip.caption],
+            caption=clip.caption,
+            source=clip.path.name,
+            frames=len(video_THW3),
+            height=height,
+            width=width,
+        )
+        written += 1
+    if not written:
+        shutil.rmtree(unfinished)
+        raise UserError(f"{source}: none of the {len(clips)} clips could be read")
+    writer.close()
+    unfinished.rename(out)  # over an empty folder, if there is one
+    print(f"{out}: {written} clips encoded, {len(clips) - written} skipped")
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", type=Path, metavar="CLIPS")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--model", default="tiny-wan", help="diffusers Wan folder, or the name of a shipped one (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--fps", type=float, default=16)
+    parser.add_argument("--negative-prompt", default="", help="what guidance pushes away from (default: empty)")
+    a = parser.parse_args()
+    with one_line_errors():
+        encode_videos(a.clips, a.out, find_model(a.model), a.frames, a.height, a.width, a.fps, a.negative_prompt)
+
+
+if __name__ == "__main__":
+    main()
