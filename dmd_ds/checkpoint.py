@@ -1,22 +1,29 @@
 """Checkpoints of a run: a folder a step, with a folder an engine, and `latest`, which names the newest whole one.
 
     checkpoints/step_000500/{generator,fake_score}/   DeepSpeed's own files, one set a rank; frozen weights are not in them
-    checkpoints/step_000500/state.json                step, ranks, versions
+    checkpoints/step_000500/state.json                step, ranks, video size, versions
+    checkpoints/step_000500/recipe.yaml               the recipe it was trained with
     checkpoints/latest                                "step_000500", written when all ranks have finished
 """
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
 import deepspeed
+import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from dmd_ds import __version__
 from dmd_ds.errors import UserError
 from dmd_ds.parallel.mesh import Mesh
+from dmd_ds.recipe import Recipe, dump_recipe
 
 LATEST = "latest"
 STATE = "state.json"
+RECIPE = "recipe.yaml"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -26,8 +33,10 @@ def write_whole(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def save(run: Path, step: int, engines: dict[str, deepspeed.DeepSpeedEngine], mesh: Mesh) -> Path:
-    """Writes the checkpoint after `step` steps; all ranks call it."""
+def save(
+    run: Path, step: int, engines: dict[str, deepspeed.DeepSpeedEngine], recipe: Recipe, video: dict[str, float], mesh: Mesh
+) -> Path:
+    """Writes the checkpoint after `step` steps; all ranks call it. `video`: frames, height, width, fps of the training data."""
     folder = run / "checkpoints" / f"step_{step:06d}"
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     if mesh.is_first:
@@ -38,7 +47,9 @@ def save(run: Path, step: int, engines: dict[str, deepspeed.DeepSpeedEngine], me
         engine.save_checkpoint(str(unfinished), tag=name, save_latest=False, exclude_frozen_parameters=True)
     mesh.barrier()
     if mesh.is_first:
-        state = {"step": step, "world_size": mesh.world_size, "dmd_ds": __version__, "deepspeed": deepspeed.__version__}
+        versions = {"dmd_ds": __version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__}
+        state = {"step": step, "world_size": mesh.world_size, "video": video, **versions}
+        (unfinished / RECIPE).write_text(dump_recipe(recipe))
         (unfinished / STATE).write_text(json.dumps(state, indent=1) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
@@ -59,9 +70,16 @@ def latest(run: Path) -> Path | None:
     return folder
 
 
-def read_state(folder: Path, world_size: int) -> int:
+def read_state(folder: Path) -> dict:
+    try:
+        return json.loads((folder / STATE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder / STATE}: not readable as a checkpoint's state: {error}") from error
+
+
+def resumed_step(folder: Path, world_size: int) -> int:
     """The number of steps a checkpoint was written after; it must come from as many ranks."""
-    state = json.loads((folder / STATE).read_text())
+    state = read_state(folder)
     if state["world_size"] != world_size:
         raise UserError(f"{folder} was written by {state['world_size']} ranks, this job has {world_size}; resume on {state['world_size']}")
     return state["step"]
@@ -71,3 +89,54 @@ def load(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine]) -> None:
     for name, engine in engines.items():
         path, _ = engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder / name}"
+
+
+class ZeroWeights:
+    """The fp32 weights of an engine's ZeRO-3 files, of any number of ranks, whole and one at a time.
+
+    Each rank's file holds flat buffers, memory-mapped here, with its part of every trained parameter, one after the other:
+    a parameter of n elements on R ranks takes ceil(n / R) elements of each. Nothing but tensors and plain values is
+    unpickled. `shapes` lists the parameters in order.
+    """
+
+    def __init__(self, folder: Path):
+        ranks = sorted(folder.glob("*zero_pp_rank_*_optim_states.pt"), key=lambda path: int(path.name.split("_rank_")[1].split("_")[0]))
+        models = sorted(folder.glob("zero_pp_rank_0_*_model_states.pt"))
+        if not ranks or not models:
+            raise UserError(f"{folder}: no ZeRO-3 checkpoint (zero_pp_rank_*_optim_states.pt and *_model_states.pt)")
+        groups = self._read(models[0])["param_shapes"]
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for group in groups for name, shape in group.items()}
+        self.files = ranks
+        self.flat = [self._read(path)["optimizer_state_dict"]["fp32_flat_groups"] for path in ranks]
+        written_by = self._read(ranks[0])["optimizer_state_dict"]["partition_count"]
+        if len(ranks) != written_by:
+            raise UserError(f"{folder}: {len(ranks)} rank files of {written_by}")
+        self.places = self._find_places()
+
+    @staticmethod
+    def _read(path: Path) -> dict:
+        try:
+            with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+            raise UserError(f"{path}: not readable as a checkpoint: {str(error).splitlines()[0]}") from error
+
+    def _find_places(self) -> dict[str, tuple[int, int, int]]:
+        """For each parameter (flat group, offset, elements a rank)."""
+        places, group, offset = {}, 0, 0
+        for name, shape in self.shapes.items():
+            part = -(-torch.Size(shape).numel() // len(self.flat))
+            if offset == len(self.flat[0][group]):
+                group, offset = group + 1, 0
+            places[name] = group, offset, part
+            offset += part
+        if group != len(self.flat[0]) - 1 or offset != len(self.flat[0][group]):
+            raise UserError(f"{self.files[0]}: the parameters' sizes do not add up to the file's {len(self.flat[0][-1])} elements")
+        return places
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, fp32."""
+        group, offset, part = self.places[name]
+        shape = self.shapes[name]
+        pieces = [flat[group][offset : offset + part].detach() for flat in self.flat]
+        return torch.cat(pieces)[: torch.Size(shape).numel()].view(shape)

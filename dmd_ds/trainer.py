@@ -73,7 +73,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
         for name, section in sections.items()
     }
     resume_from = checkpoint.latest(Path(recipe.output_dir))
-    first_step = checkpoint.read_state(resume_from, world_size()) if resume_from else 0
+    first_step = checkpoint.resumed_step(resume_from, world_size()) if resume_from else 0
     return Inputs(recipe, model, dataset, config, ds_configs, resume_from, first_step)
 
 
@@ -95,8 +95,8 @@ class Trainer:
         global_batch_size = recipe.data.batch_size * self.mesh.data_size
         self.order = BatchOrder(self.dataset.buckets(), global_batch_size, Randomness(recipe.seed))
 
-        torch.manual_seed(recipe.seed)  # the LoRA adapter's first weights, alike on all ranks
         score_model = build_denoiser(inputs, inputs.ds_configs["fake_score"])
+        torch.manual_seed(recipe.seed)  # the adapter's first weights, alike on all ranks
         score_model.add_adapter(recipe.fake_score.lora_rank, recipe.fake_score.lora_alpha)
         self.engines = {
             "generator": make_engine(build_denoiser(inputs, inputs.ds_configs["generator"]), inputs.ds_configs["generator"]),
@@ -140,7 +140,7 @@ class Trainer:
         if self.validation and (last or step % self.recipe.validation.every == 0):
             self.validation.sample(self.engines["generator"].module, self.run / "samples" / f"step_{step:06d}")
         if last or step % self.recipe.save_every == 0:
-            checkpoint.save(self.run, step, self.engines, self.mesh)
+            checkpoint.save(self.run, step, self.engines, self.recipe, self.dataset.video, self.mesh)
 
     def mean_over_ranks(self, metrics: dict[str, torch.Tensor | float]) -> dict[str, float]:
         """Means of the ranks' numbers, with one collective and one synchronisation."""

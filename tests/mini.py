@@ -66,7 +66,8 @@ def make_dataset(folder: Path, samples: int = 7, shapes: tuple[tuple[int, ...], 
     writer = LatentsWriter(folder, fps=8, negative_embeds_LD=random(1, TEXT_WIDTH), samples_a_shard=3)
     for i in range(samples):
         shape = shapes[i % len(shapes)]
-        writer.add(random(*shape), random(3 + i % 4, TEXT_WIDTH), caption=f"sample {i}", source=f"{i}.mp4")
+        size = {"frames": 4 * shape[1] - 3, "height": 8 * shape[2], "width": 8 * shape[3]}
+        writer.add(random(*shape), random(3 + i % 4, TEXT_WIDTH), caption=f"sample {i}", source=f"{i}.mp4", **size)
     writer.close()
     return folder
 

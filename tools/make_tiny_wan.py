@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from dmd_ds import flow
 from dmd_ds.data import moving_shapes
 from dmd_ds.data.latents import pad_embeds
-from dmd_ds.wan.autoencoder import encode
+from dmd_ds.wan.autoencoder import encode, load_autoencoder
 from dmd_ds.wan.denoiser import WanDenoiser
 from dmd_ds.wan.text import padded_tokens
 
@@ -162,10 +162,7 @@ def make_text_encoder(vocabulary_size: int) -> UMT5EncoderModel:
 
 def encode_bank(vae: AutoencoderKLWan, rng: np.random.Generator, captions: list, a_caption: int) -> torch.Tensor:
     """Latents of fresh clips, `[caption, clip, C, T, H, W]`."""
-    bank = []
-    for caption in captions:
-        bank.append(encode(vae, as_pixels(clips_NTHW3(rng, [caption], a_caption))))
-    return torch.stack(bank)
+    return torch.stack([encode(vae, as_pixels(clips_NTHW3(rng, [caption], a_caption))) for caption in captions])
 
 
 def train_denoiser(work: Path, seed: int, steps: int) -> None:
@@ -173,7 +170,7 @@ def train_denoiser(work: Path, seed: int, steps: int) -> None:
     that are kept are an exponential moving average."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed + 1)
-    vae = AutoencoderKLWan.from_pretrained(work / "pipeline" / "vae").eval()
+    vae = load_autoencoder(work / "pipeline", torch.device("cpu"))
     captions = [caption for caption in moving_shapes.CAPTIONS if caption not in moving_shapes.HELD_BACK]
     bank_file = work / "bank.pt"
     if not bank_file.is_file():

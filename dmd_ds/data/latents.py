@@ -94,6 +94,11 @@ class LatentsDataset(torch.utils.data.Dataset):
         return len(self.places)
 
     @property
+    def video(self) -> dict[str, float]:
+        """Frames, height, width and frames a second of the first sample's video."""
+        return {key: self.about[0][key] for key in ("frames", "height", "width")} | {"fps": self.fps}
+
+    @property
     def most_prompt_tokens(self) -> int:
         """Tokens of the longest prompt, the negative one included."""
         return max(len(self.negative_embeds_LD), *(about["prompt_tokens"] for about in self.about))
@@ -153,7 +158,4 @@ class BatchOrder:
 
 def pad_embeds(embeds: list[torch.Tensor], tokens: int) -> torch.Tensor:
     """`[B, tokens, D]`: each `[L, D]` followed by zeros, of which at least one (see wan.denoiser.padding_bias)."""
-    out = embeds[0].new_zeros(len(embeds), tokens, embeds[0].shape[-1])
-    for row, embed in zip(out, embeds, strict=True):
-        row[: len(embed)] = embed
-    return out
+    return torch.stack([torch.nn.functional.pad(embed, (0, 0, 0, tokens - len(embed))) for embed in embeds])

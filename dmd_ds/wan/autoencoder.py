@@ -6,10 +6,16 @@ import torch
 from diffusers import AutoencoderKLWan
 
 TIME_STRIDE, SPACE_STRIDE = 4, 8
+DECODED_AT_ONCE = 4096  # latent positions: a dozen tiny clips together take a quarter of their time, a real one goes alone
 
 
 def load_autoencoder(folder: Path, device: torch.device) -> AutoencoderKLWan:
-    return AutoencoderKLWan.from_pretrained(folder / "vae").to(device).eval().requires_grad_(False)
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae").to(device).eval().requires_grad_(False)
+    for kernel in vae.parameters():  # channels last: the convolutions take half the time on a CPU
+        if kernel.ndim in (4, 5):
+            last = torch.channels_last if kernel.ndim == 4 else torch.channels_last_3d
+            kernel.data = kernel.data.contiguous(memory_format=last)
+    return vae
 
 
 def _mean_and_std(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,5 +38,6 @@ def decode(vae: AutoencoderKLWan, latents_BCTHW: torch.Tensor) -> torch.Tensor:
     """Videos, uint8 `[B, T, H, W, 3]` on the CPU."""
     mean, std = _mean_and_std(vae, latents_BCTHW)
     latents = (latents_BCTHW.float() * std + mean).to(vae.device, vae.dtype)
-    pixels = torch.cat([vae.decode(one).sample for one in latents.split(1)]).float()
+    parts = latents.split(max(1, DECODED_AT_ONCE // latents[0, 0].numel()))
+    pixels = torch.cat([vae.decode(part).sample for part in parts]).float()
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()

@@ -1,0 +1,30 @@
+# Two commands: `make demo` distils a tiny Wan2.1 end to end, `make test` runs the tests. Both install what they need.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test slow clean
+
+demo: .venv/installed
+	$(BIN)/python tools/demo.py
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m "not slow"
+
+slow: .venv/installed
+	$(BIN)/python -m pytest -q -m slow
+
+.venv/installed: requirements.txt requirements-test.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q -r requirements-test.txt
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf .venv outputs

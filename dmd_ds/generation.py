@@ -1,0 +1,115 @@
+"""A diffusers Wan folder, teacher or student, and the videos it makes: for inference, evaluation and the demo alike."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+from pydantic import Field, ValidationError
+
+from dmd_ds.data.latents import pad_embeds
+from dmd_ds.errors import UserError
+from dmd_ds.randomness import Randomness
+from dmd_ds.recipe import Positive, Sampling, Section, explain
+from dmd_ds.sampler import Velocity, few_step_sigmas, few_step_x0, guided, scheduler_sample
+from dmd_ds.wan.autoencoder import SPACE_STRIDE, TIME_STRIDE, decode, load_autoencoder
+from dmd_ds.wan.denoiser import WanDenoiser
+from dmd_ds.wan.text import encode_prompts, load_text_encoder, padded_tokens
+from dmd_ds.wan.weights import find_model
+
+SETTINGS_FILE = "sampling.json"  # beside model_index.json, in the folders that this project writes
+
+
+class Settings(Section):
+    """How a model is sampled. The defaults are Wan2.1's own; a student's folder says what it was trained for."""
+
+    steps: Positive = 50
+    guidance: float = Field(5.0, ge=0, description="Ho and Salimans' scale; 1 needs one evaluation a step, any other two")
+    few_step: Sampling | None = Field(None, description="the grid of a few-step student; None is the folder's own scheduler")
+    frames: Positive = 81
+    height: Positive = 480
+    width: Positive = 832
+    fps: float = Field(16, gt=0)
+
+    def changed(self, **given: float | None) -> "Settings":
+        """These settings with those given that are not None; `UserError` for a value that cannot be."""
+        try:
+            return Settings.model_validate({**self.model_dump(), **{key: value for key, value in given.items() if value is not None}})
+        except ValidationError as error:
+            raise UserError(explain(error.errors()[0])) from error
+
+    @property
+    def evaluations(self) -> int:
+        """Forwards of the denoiser a video."""
+        return self.steps * (1 if self.guidance == 1.0 else 2)
+
+
+def read_settings(folder: Path) -> Settings:
+    """What the folder says of itself, or Wan2.1's own settings."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return Settings()
+    try:
+        return Settings.model_validate(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not readable as JSON: {error.msg}") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error.errors()[0])}") from error
+
+
+def write_settings(folder: Path, settings: Settings) -> None:
+    (folder / SETTINGS_FILE).write_text(settings.model_dump_json(indent=1) + "\n")
+
+
+class VideoModel:
+    """All parts of a folder, loaded."""
+
+    def __init__(self, path: str, device: torch.device):
+        self.folder = find_model(path)
+        self.device = device
+        self.settings = read_settings(self.folder)
+        self.text = load_text_encoder(self.folder, device)
+        self.vae = load_autoencoder(self.folder, device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        transformer = WanTransformer3DModel.from_pretrained(self.folder / "transformer", torch_dtype=dtype)
+        self.denoiser = WanDenoiser(transformer).to(device).eval().requires_grad_(False)
+
+    def latents_shape(self, settings: Settings) -> tuple[int, int, int, int]:
+        """`[C, T, H, W]` of the latents of a video of that size; `UserError` for a size the model cannot make."""
+        config = self.denoiser.transformer.config
+        if (settings.frames - 1) % TIME_STRIDE:
+            raise UserError(f"frames={settings.frames}: must be 4n + 1, the nearest is {(settings.frames - 1) // 4 * 4 + 1}")
+        for name, size, patch in (("height", settings.height, config.patch_size[1]), ("width", settings.width, config.patch_size[2])):
+            if size % (SPACE_STRIDE * patch):
+                raise UserError(f"{name}={size}: must be a multiple of {SPACE_STRIDE * patch}")
+        return (
+            config.out_channels,
+            (settings.frames - 1) // TIME_STRIDE + 1,
+            settings.height // SPACE_STRIDE,
+            settings.width // SPACE_STRIDE,
+        )
+
+    @torch.no_grad()
+    def latents(self, prompts: list[str], seeds: list[int], settings: Settings, negative_prompt: str = "") -> torch.Tensor:
+        """Sampled latents `[B, C, T, H, W]`; each depends on its own prompt and seed alone, not on the batch."""
+        shape = self.latents_shape(settings)
+        *conditional, unconditional = encode_prompts(self.text, [*prompts, negative_prompt])
+        tokens = padded_tokens(max(len(embed) for embed in [*conditional, unconditional]))
+
+        def velocity(embeds: list[torch.Tensor]) -> Velocity:
+            padded = pad_embeds(embeds, tokens).to(self.device)
+            return lambda x, sigma_B: self.denoiser(x, sigma_B, padded)
+
+        def noise(k: int) -> torch.Tensor:
+            draws = [Randomness(seed).normal(f"sample/{k}", 0, [0], shape) for seed in seeds]
+            return torch.cat(draws).to(self.device)
+
+        both = guided(velocity(conditional), velocity([unconditional] * len(prompts)), settings.guidance)
+        if settings.few_step:
+            return few_step_x0(both, noise, few_step_sigmas(settings.few_step), settings.few_step.steps - 1)
+        scheduler = UniPCMultistepScheduler.from_pretrained(self.folder / "scheduler")
+        return scheduler_sample(both, scheduler, settings.steps, noise(0))
+
+    def videos(self, prompts: list[str], seeds: list[int], settings: Settings, negative_prompt: str = "") -> torch.Tensor:
+        """uint8 `[B, T, H, W, 3]`."""
+        return decode(self.vae, self.latents(prompts, seeds, settings, negative_prompt))

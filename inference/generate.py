@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Makes videos from a file of prompts.
+
+    python inference/generate.py --model outputs/demo/student --prompts prompts.txt --out videos [--seed N]
+
+Prompts are lines of a .txt, or of a .jsonl: {"prompt": "...", "seed": 7}. Sample i has the seed N + i unless its line names
+one. A second run skips what is finished; manifest.jsonl says which file holds what.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dmd_ds.data.video import write_video
+from dmd_ds.errors import UserError, one_line_errors
+from dmd_ds.generation import Settings, VideoModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    prompt: str
+    seed: int
+
+    def name(self, index: int, settings: Settings, model: str) -> str:
+        """A file name that no other prompt, seed, model or setting shares, made of harmless letters."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:60]
+        key = json.dumps([self.prompt, self.seed, model, settings.model_dump()])
+        return f"{index:05d}-{slug}-{hashlib.sha256(key.encode()).hexdigest()[:10]}.mp4"
+
+
+def read_jobs(path: Path, seed: int) -> list[Job]:
+    """The prompts of a txt or jsonl file; `UserError` names the line."""
+    if not path.is_file():
+        raise UserError(f"--prompts {path}: no such file")
+    try:
+        lines = [(number, line.strip()) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not readable as text: {error}") from error
+    if not lines:
+        raise UserError(f"{path}: holds no prompt")
+    if path.suffix != ".jsonl":
+        return [Job(line, seed + i) for i, (_, line) in enumerate(lines)]
+    jobs = []
+    for i, (number, line) in enumerate(lines):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not readable as JSON: {error.msg}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise UserError(f'{path}:{number}: a line reads {{"prompt": "...", "seed": 7}}')
+        own_seed = record.get("seed", seed + i)
+        if not isinstance(own_seed, int) or isinstance(own_seed, bool):
+            raise UserError(f"{path}:{number}: seed={own_seed!r} is not a whole number")
+        jobs.append(Job(record["prompt"], own_seed))
+    return jobs
+
+
+def generate(model: VideoModel, jobs: list[Job], out: Path, settings: Settings, batch_size: int, negative_prompt: str) -> int:
+    """Makes what is not there yet; returns how many videos it made."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = [job.name(index, settings, str(model.folder)) for index, job in enumerate(jobs)]
+    todo = [(name, job) for name, job in zip(names, jobs, strict=True) if not (out / name).exists()]
+    for start in tqdm(range(0, len(todo), batch_size), desc="generating", unit="batch"):
+        part = todo[start : start + batch_size]
+        videos = model.videos([job.prompt for _, job in part], [job.seed for _, job in part], settings, negative_prompt)
+        for (name, _), video in zip(part, videos.numpy(), strict=True):
+            write_video(out / name, video, settings.fps)
+    shared = {"model": str(model.folder), **settings.model_dump()}
+    lines = [json.dumps({"file": name, "prompt": job.prompt, "seed": job.seed, **shared}) for name, job in zip(names, jobs, strict=True)]
+    temporary = out / ".manifest.jsonl.tmp"
+    temporary.write_text("\n".join(lines) + "\n")
+    temporary.rename(out / "manifest.jsonl")
+    return len(todo)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="diffusers Wan folder, student or teacher, or the name of a shipped one")
+    parser.add_argument("--prompts", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--negative-prompt", default="")
+    for name, kind in (("steps", int), ("guidance", float), ("frames", int), ("height", int), ("width", int), ("fps", float)):
+        parser.add_argument(f"--{name}", type=kind, help="default: what the model's folder says, else Wan2.1's own")
+    a = parser.parse_args()
+    with one_line_errors():
+        jobs = read_jobs(a.prompts, a.seed)
+        model = VideoModel(a.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        settings = model.settings.changed(
+            steps=a.steps, guidance=a.guidance, frames=a.frames, height=a.height, width=a.width, fps=a.fps
+        )
+        if settings.few_step and settings.steps != settings.few_step.steps:
+            raise UserError(f"--steps {settings.steps}: {a.model} was distilled for {settings.few_step.steps} steps")
+        model.latents_shape(settings)
+        made = generate(model, jobs, a.out, settings, a.batch_size, a.negative_prompt)
+    print(f"{a.out}: {made} videos made, {len(jobs) - made} were there")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""A latents dataset reads back what was written, and its order is a function of the step."""
+
+import json
+
+import pytest
+import torch
+
+from dmd_ds.data.latents import BatchOrder, LatentsDataset, pad_embeds
+from dmd_ds.errors import UserError
+from dmd_ds.randomness import Randomness
+from tests.mini import TEXT_WIDTH, make_dataset
+
+SHAPES = ((4, 2, 4, 4), (4, 1, 4, 8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_dataset(tmp_path / "data", samples=7, shapes=SHAPES)
+
+
+def test_samples_come_back_over_shards(folder):
+    dataset = LatentsDataset(str(folder))
+    assert len(dataset) == 7 and len(list(folder.glob("*.safetensors"))) == 4  # 3 shards and the negative prompt
+    assert [dataset[i].caption for i in range(7)] == [f"sample {i}" for i in range(7)]
+    assert [tuple(dataset[i].latents.shape) for i in range(2)] == list(SHAPES)
+    assert not torch.equal(dataset[0].latents, dataset[2].latents)
+    assert dataset.most_prompt_tokens == 6 and dataset.video == {"frames": 5, "height": 32, "width": 32, "fps": 8}
+
+
+def test_an_epoch_sees_every_sample_in_batches_of_one_shape(folder):
+    dataset = LatentsDataset(str(folder))
+    order = BatchOrder(dataset.buckets(), 2, Randomness(0))
+    assert order.steps_an_epoch == 4  # four of one shape, three of the other, the last filled up
+    seen = set()
+    for step in range(4):
+        shape, indices = order(step)
+        assert len(indices) == 2 and {tuple(dataset[i].latents.shape) for i in indices} == {shape}
+        seen |= set(indices)
+    assert seen == set(range(7))
+
+
+def test_the_order_is_a_function_of_the_step_alone(folder):
+    buckets = LatentsDataset(str(folder)).buckets()
+    straight = [BatchOrder(buckets, 2, Randomness(0))(step) for step in range(12)]
+    one = BatchOrder(buckets, 2, Randomness(0))
+    assert [one(step) for step in reversed(range(12))] == straight[::-1]
+    assert straight[:4] != straight[4:8]
+
+
+def test_a_batch_larger_than_a_bucket_repeats_samples():
+    shape, indices = BatchOrder({(1,): [0, 1]}, 5, Randomness(0))(0)
+    assert shape == (1,) and len(indices) == 5 and set(indices) == {0, 1}
+
+
+def test_padding_is_zeros_behind_the_text():
+    padded = pad_embeds([torch.ones(2, TEXT_WIDTH), torch.ones(3, TEXT_WIDTH)], 8)
+    assert padded.shape == (2, 8, TEXT_WIDTH) and padded.sum((1, 2)).tolist() == [2 * TEXT_WIDTH, 3 * TEXT_WIDTH]
+
+
+def test_a_missing_dataset_is_named():
+    with pytest.raises(UserError, match=r"data.path=nowhere: no such folder"):
+        LatentsDataset("nowhere")
+
+
+def test_a_dataset_without_its_index_is_unfinished(folder):
+    (folder / "index.json").unlink()
+    with pytest.raises(UserError, match="no index.json"):
+        LatentsDataset(str(folder))
+
+
+def test_a_shard_that_is_cut_short_is_named(folder):
+    shard = folder / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:200])
+    dataset = LatentsDataset(str(folder))
+    with pytest.raises(UserError, match="shard-00001.safetensors"):
+        dataset[3]
+
+
+def test_metadata_that_lacks_a_sample_is_named(folder):
+    lines = (folder / "shard-00000.jsonl").read_text().splitlines()
+    (folder / "shard-00000.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(UserError, match=r"shard-00000.jsonl: 2 samples, the index says 3"):
+        LatentsDataset(str(folder))
+
+
+def test_a_dataset_of_another_format_is_refused(folder):
+    (folder / "index.json").write_text(json.dumps({"format": "dmd_ds latents 9"}))
+    with pytest.raises(UserError, match="dmd_ds latents 9"):
+        LatentsDataset(str(folder))

@@ -1,0 +1,56 @@
+"""The losses against what the papers say, with numbers worked out by hand."""
+
+import pytest
+import torch
+
+from dmd_ds.distill.losses import (
+    distribution_matching_gradient,
+    distribution_matching_loss,
+    flow_matching_loss,
+    guided_x0,
+)
+
+SHAPE = (2, 3, 2, 4, 4)
+
+
+def full(value: float) -> torch.Tensor:
+    return torch.full(SHAPE, value)
+
+
+def test_the_gradient_points_from_the_fake_score_to_the_real_one_in_units_of_the_error():
+    gradient = distribution_matching_gradient(full(1.0), real_BCTHW=full(3.0), fake_BCTHW=full(2.0))
+    torch.testing.assert_close(gradient, full((2.0 - 3.0) / 2.0))  # a descent step moves x0 up, towards the real score
+
+
+def test_the_normaliser_is_one_number_a_sample_over_all_of_its_elements():
+    x0, real = full(0.0), full(1.0)
+    real[1] = 4.0
+    real[0, :, :, :, 0] = 5.0  # one column of pixels must not get a scale of its own
+    gradient = distribution_matching_gradient(x0, real, torch.zeros(SHAPE))
+    torch.testing.assert_close(gradient, -real / torch.tensor([2.0, 4.0]).view(-1, 1, 1, 1, 1))
+
+
+def test_a_perfect_sample_gives_a_finite_gradient():
+    assert distribution_matching_gradient(full(1.0), full(1.0), full(1.0)).abs().max() == 0
+    assert torch.isfinite(distribution_matching_gradient(full(1.0), full(1.0), full(2.0))).all()
+
+
+def test_dloss_dx0_is_the_derivative_of_the_loss_with_its_stopped_target():
+    x0 = torch.randn(SHAPE, requires_grad=True)
+    gradient = torch.randn(SHAPE)
+    loss = 0.5 * ((x0 - (x0 - gradient).detach()) ** 2).mean()
+    loss.backward()
+    value, dloss_dx0 = distribution_matching_loss(gradient)
+    torch.testing.assert_close(value, loss.detach())
+    torch.testing.assert_close(dloss_dx0, x0.grad)
+
+
+def test_the_fake_scores_loss_is_zero_for_the_true_velocity():
+    x0, noise = torch.randn(SHAPE), torch.randn(SHAPE)
+    assert flow_matching_loss(noise - x0, x0, noise) == 0
+    assert flow_matching_loss(noise - x0 + 2, x0, noise) == pytest.approx(4, rel=1e-5)
+
+
+def test_guidance_of_one_is_the_conditional_model():
+    torch.testing.assert_close(guided_x0(full(3.0), full(1.0), 1.0), full(3.0))
+    torch.testing.assert_close(guided_x0(full(3.0), full(1.0), 2.5), full(6.0))

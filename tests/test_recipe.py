@@ -1,0 +1,62 @@
+"""Recipes are checked where they enter, and the message helps."""
+
+import pytest
+import yaml
+
+from dmd_ds.errors import UserError
+from dmd_ds.recipe import dump_recipe, known_keys, load_recipe, shipped_recipes
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads_and_survives_a_round_trip(name, tmp_path):
+    recipe = load_recipe(name)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
+
+
+def test_every_line_of_a_shipped_recipe_that_sets_a_number_of_the_method_is_a_known_key():
+    assert {"output_dir", "max_steps", "generator.lr", "fake_score.updates_per_generator_update", "parallel.ring"} <= set(known_keys())
+
+
+def test_overrides_reach_nested_keys_and_read_numbers_as_people_write_them():
+    recipe = load_recipe("tiny", ["generator.lr=1e-5", "max_steps=7", "sampling.last_sigma=null", "model.path=some/where"])
+    assert (recipe.generator.lr, recipe.max_steps, recipe.sampling.last_sigma, recipe.model.path) == (1e-5, 7, None, "some/where")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("generator.lrr=1", "unknown key generator.lrr; did you mean 'generator.lr'?"),
+        ("max_step=1", "unknown key max_step; did you mean 'max_steps'?"),
+        ("generator.lr=-1", "generator.lr=-1: input should be greater than 0"),
+        ("generator.lr=fast", "generator.lr='fast': input should be a valid number"),
+        ("max_steps=1.5", "max_steps=1.5: input should be a valid integer"),
+        ("generator=3", "generator=3: input should be a valid dictionary"),
+        ("seed.deep=3", "seed is a value, not a section"),
+        ("max_steps", "'max_steps' is not of the form key=value"),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_names_the_key(override, message):
+    with pytest.raises(UserError) as error:
+        load_recipe("tiny", [override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_that_does_not_exist_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'tiny'"):
+        load_recipe("tinny")
+
+
+def test_a_missing_key_is_named(tmp_path):
+    tree = yaml.safe_load(dump_recipe(load_recipe("tiny")))
+    del tree["model"]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match="the key model is missing"):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2", "!!python/object/apply:os.system ['echo hi']"])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match="r.yaml"):
+        load_recipe(str(tmp_path / "r.yaml"))

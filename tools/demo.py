@@ -1,0 +1,165 @@
+#!/usr/bin/env python3
+"""The whole job on the embedded world, from video files to a 4-step student: what `make demo` runs.
+
+    clips as mp4 -> latents -> DMD2 on two ranks -> diffusers folder -> teacher, undistilled and student side by side
+
+Leaves outputs/demo/ with student/ (a diffusers folder), samples/ (mp4 files and contact_sheet.png) and report.json. What is
+finished is not done again.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+
+from dmd_ds.data import moving_shapes
+from dmd_ds.data.video import contact_sheet, write_video
+from dmd_ds.generation import Settings, VideoModel
+from dmd_ds.recipe import REPOSITORY, load_recipe
+from tools.evaluate import REFERENCE, Evaluation, captions, evaluate, read_reference, table
+
+TEACHER = "tiny-wan"
+FIRST_SEED = 10_000  # of the videos that are judged; the kept reference has others
+SHOWN = 8  # prompts on the contact sheet
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def run(*command: str, log: Path) -> None:
+    """Runs a command of this project; where it fails, shows the end of what it printed and stops."""
+    print("$", " ".join(command), f"  (log: {log})", flush=True)
+    with log.open("w") as file:
+        failed = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT).returncode
+    if failed:
+        print("\n".join(log.read_text().splitlines()[-30:]), file=sys.stderr)
+        sys.exit(f"error: {command[0]} ended with code {failed}; the whole of it is in {log}")
+
+
+def write_clips(folder: Path, clips_a_caption: int) -> None:
+    """Clips of every caption as mp4, and clips.jsonl that names them."""
+    rng = np.random.default_rng(0)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    lines = []
+    for number, caption in enumerate(list(moving_shapes.CAPTIONS) * clips_a_caption):
+        name = f"{number:04d}.mp4"
+        write_video(unfinished / name, moving_shapes.draw(caption, rng), moving_shapes.FPS)
+        lines.append(json.dumps({"video_path": name, "caption": str(caption)}))
+    (unfinished / "clips.jsonl").write_text("\n".join(lines) + "\n")
+    unfinished.rename(folder)
+
+
+def encode(clips: Path, data: Path, log: Path) -> None:
+    size = ["--frames", str(moving_shapes.FRAMES), "--height", str(moving_shapes.HEIGHT), "--width", str(moving_shapes.WIDTH)]
+    command = [sys.executable, "tools/encode_videos.py", str(clips / "clips.jsonl"), str(data), "--model", TEACHER]
+    run(*command, *size, "--fps", str(moving_shapes.FPS), log=log)
+
+
+def train(out: Path, data: Path, overrides: list[str], log: Path) -> None:
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", "hostfiles/local", "--no_ssh_check"]
+    launcher += ["--master_addr", "127.0.0.1", "--master_port", os.environ.get("MASTER_PORT", "29500")]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+    run(*launcher, "dmd_ds/train.py", "tiny", f"output_dir={out / 'run'}", f"data.path={data}", *overrides, log=log)
+
+
+def compare(out: Path, student: Path, prompt_count: int, teacher_guidance: float) -> dict[str, Evaluation]:
+    """Teacher at 50 steps, the same at the student's steps, and the student, on the same prompts and seeds."""
+    prompts, reference_NF = captions(prompt_count), read_reference(REFERENCE)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher, distilled = VideoModel(TEACHER, device), VideoModel(str(student), device)
+    few_step = distilled.settings.few_step
+    teacher_settings = teacher.settings.changed(guidance=teacher_guidance)
+    rows: dict[str, tuple[VideoModel, Settings]] = {
+        f"teacher {teacher_settings.steps} steps": (teacher, teacher_settings),
+        f"undistilled {few_step.steps} steps": (teacher, teacher_settings.model_copy(update={"steps": few_step.steps, "few_step": few_step})),
+        f"student {few_step.steps} steps": (distilled, distilled.settings),
+    }
+    evaluations = {}
+    for name, (model, settings) in rows.items():
+        print(f"sampling {prompt_count} videos: {name}", flush=True)
+        evaluations[name] = evaluate(model, prompts, FIRST_SEED, settings, reference_NF)
+    return evaluations
+
+
+def write_samples(folder: Path, evaluations: dict[str, Evaluation]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    places = [i * len(moving_shapes.CAPTIONS) // SHOWN for i in range(SHOWN)]
+    for name, evaluation in evaluations.items():
+        for place in places:
+            path = folder / f"{place:03d} {moving_shapes.CAPTIONS[place]}, {name}.mp4".replace(" ", "_").replace(",", "")
+            write_video(path, evaluation.videos[place], moving_shapes.FPS)
+    sheet = contact_sheet([[evaluation.videos[place] for evaluation in evaluations.values()] for place in places])
+    iio.imwrite(folder / "contact_sheet.png", sheet)
+
+
+def write_report(path: Path, evaluations: dict[str, Evaluation], prompt_count: int, train_seconds: float | None) -> dict:
+    """report.json: a row a model, and how much of the gap to the teacher the student closes."""
+    teacher, undistilled, student = (evaluation.numbers for evaluation in evaluations.values())
+    floor = teacher["frechet"]  # these seeds are a second set of the guided teacher's videos; the reference is the first
+    report = {
+        "prompts": prompt_count,
+        "teacher": teacher,
+        "undistilled": undistilled,
+        "student": student,
+        "floor": floor,
+        "gap_closed": (undistilled["frechet"] - student["frechet"]) / (undistilled["frechet"] - floor),
+        "both_of_teacher": student["both"] / teacher["both"],
+        "speedup": teacher["seconds"] / student["seconds"],
+        "train_seconds": train_seconds,
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--prompts", type=int, default=2 * len(moving_shapes.CAPTIONS), help="judged videos a model (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=2, help="clips a caption (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe `tiny`")
+    a = parser.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    clips, data, student = a.out / "clips", a.out / "data", a.out / "student"
+    began = time.monotonic()
+
+    say("1/5 clips of moving shapes, as mp4")
+    if not clips.exists():
+        write_clips(clips, a.clips)
+    say("2/5 their latents and text embeddings")
+    if not data.exists():
+        encode(clips, data, a.out / "encode.log")
+    say("3/5 DMD2: generator and fake score, two ZeRO-3 engines on two ranks")
+    train_seconds = None
+    if not student.exists():
+        started = time.monotonic()
+        train(a.out, data, a.overrides, a.out / "train.log")
+        train_seconds = time.monotonic() - started
+        say("4/5 the student as a diffusers folder")
+        run(sys.executable, "tools/zero_to_safetensors.py", str(a.out / "run"), str(student), log=a.out / "export.log")
+    say("5/5 teacher, undistilled and student on the same prompts and seeds")
+    evaluations = compare(a.out, student, a.prompts, load_recipe("tiny", a.overrides).score.guidance)
+    write_samples(a.out / "samples", evaluations)
+    report = write_report(a.out / "report.json", evaluations, a.prompts, train_seconds)
+
+    print("\n" + table({name: evaluation.numbers for name, evaluation in evaluations.items()}))
+    print(
+        f"\nthe student closes {report['gap_closed']:.0%} of the Fréchet gap between the undistilled model and the teacher "
+        f"(floor {report['floor']:.2f}), {report['speedup']:.0f} times faster; {time.monotonic() - began:.0f} s in all"
+    )
+    print(f"look at\n  {a.out}/samples/contact_sheet.png\n  {a.out}/samples/*.mp4\n  {a.out}/report.json\n  {student}/")
+
+
+if __name__ == "__main__":
+    main()
