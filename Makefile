@@ -23,7 +23,6 @@ slow: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements.txt
 	$(BIN)/pip install -q -r requirements-test.txt
-	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 clean:

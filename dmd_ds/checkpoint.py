@@ -1,9 +1,9 @@
 """Checkpoints of a run: a folder a step, with a folder an engine, and `latest`, which names the newest whole one.
 
-    checkpoints/step_000500/{generator,fake_score}/   DeepSpeed's own files, one set a rank; frozen weights are not in them
-    checkpoints/step_000500/state.json                step, ranks, video size, versions
-    checkpoints/step_000500/recipe.yaml               the recipe it was trained with
-    checkpoints/latest                                "step_000500", written when all ranks have finished
+checkpoints/step_000500/{generator,fake_score}/   DeepSpeed's own files, one set a rank; frozen weights are not in them
+checkpoints/step_000500/state.json                step, ranks, video size, versions
+checkpoints/step_000500/recipe.yaml               the recipe it was trained with
+checkpoints/latest                                "step_000500", written when all ranks have finished
 """
 
 import json
@@ -33,9 +33,7 @@ def write_whole(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def save(
-    run: Path, step: int, engines: dict[str, deepspeed.DeepSpeedEngine], recipe: Recipe, video: dict[str, float], mesh: Mesh
-) -> Path:
+def save(run: Path, step: int, engines: dict[str, deepspeed.DeepSpeedEngine], recipe: Recipe, video: dict[str, float], mesh: Mesh) -> Path:
     """Writes the checkpoint after `step` steps; all ranks call it. `video`: frames, height, width, fps of the training data."""
     folder = run / "checkpoints" / f"step_{step:06d}"
     unfinished = folder.with_name(f"{folder.name}.unfinished")

@@ -1,6 +1,7 @@
 """The recipe of a run: typed, checked before anything is built. Defaults <- YAML <- `key=value` from the command line."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -111,7 +112,8 @@ def find_recipe(name: str) -> Path:
         return shipped
     if Path(name).is_file():
         return Path(name)
-    raise UserError(f"recipe {name!r} is neither a YAML file nor one that ships ({', '.join(shipped_recipes())}){nearest(name, shipped_recipes())}")
+    shipped = shipped_recipes()
+    raise UserError(f"recipe {name!r} is neither a YAML file nor one that ships ({', '.join(shipped)}){nearest(name, shipped)}")
 
 
 def nearest(word: str, known) -> str:
@@ -161,11 +163,8 @@ def set_key(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{override!r}: the value is not readable as YAML") from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text: it wants a dot and a sign
-        try:
-            value = float(value)
-        except ValueError:
-            pass
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        value = float(value)  # YAML 1.1 reads 1e-5 as text: it wants a dot and a sign
     tree[leaf] = value
 
 

@@ -32,9 +32,7 @@ def few_step_sigmas(sampling: Sampling) -> torch.Tensor:
     return scheduler.sigmas
 
 
-def few_step_x0(
-    velocity: Velocity, noise: Callable[[int], torch.Tensor], sigmas: torch.Tensor, last_step: int
-) -> torch.Tensor:
+def few_step_x0(velocity: Velocity, noise: Callable[[int], torch.Tensor], sigmas: torch.Tensor, last_step: int) -> torch.Tensor:
     """The model's x0 `[B, C, T, H, W]` at step `last_step` of the grid, reached from pure noise.
 
     `noise(k)` gives the noise that leads to step k. With `last_step` = K - 1 this is a finished sample; with an earlier one

@@ -63,7 +63,8 @@ def check_inputs(recipe: Recipe) -> Inputs:
             raise UserError(f"data.path={recipe.data.path}: latents of {shape[0]} channels, model.path takes {config['in_channels']}")
         for size, patch in zip(shape[1:], config["patch_size"], strict=True):
             if size % patch:
-                raise UserError(f"data.path={recipe.data.path}: latents {list(shape[1:])} do not divide into patches {config['patch_size']}")
+                patches = config["patch_size"]
+                raise UserError(f"data.path={recipe.data.path}: latents {list(shape[1:])} do not divide into patches {patches}")
     text_width = dataset.negative_embeds_LD.shape[1]
     if text_width != config["text_dim"]:
         raise UserError(f"data.path={recipe.data.path}: text of width {text_width}, model.path takes {config['text_dim']}")
@@ -104,9 +105,7 @@ class Trainer:
         }
         negative_embeds_1LD = pad_embeds([self.dataset.negative_embeds_LD], self.prompt_tokens)
         self.dmd2 = DMD2Engine(recipe, **self.engines, negative_embeds_1LD=negative_embeds_1LD, device=self.mesh.device)
-        self.validation = (
-            Validation(recipe, inputs.model, self.dataset, self.prompt_tokens, self.mesh) if recipe.validation.every else None
-        )
+        self.validation = Validation(recipe, inputs.model, self.dataset, self.prompt_tokens, self.mesh) if recipe.validation.every else None
         self.first_step = inputs.first_step
         if inputs.resume_from:
             checkpoint.load(inputs.resume_from, self.engines)

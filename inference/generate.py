@@ -93,9 +93,7 @@ def main() -> None:
     with one_line_errors():
         jobs = read_jobs(a.prompts, a.seed)
         model = VideoModel(a.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        settings = model.settings.changed(
-            steps=a.steps, guidance=a.guidance, frames=a.frames, height=a.height, width=a.width, fps=a.fps
-        )
+        settings = model.settings.changed(steps=a.steps, guidance=a.guidance, frames=a.frames, height=a.height, width=a.width, fps=a.fps)
         if settings.few_step and settings.steps != settings.few_step.steps:
             raise UserError(f"--steps {settings.steps}: {a.model} was distilled for {settings.few_step.steps} steps")
         model.latents_shape(settings)

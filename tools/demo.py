@@ -22,9 +22,9 @@ import torch
 
 from dmd_ds.data import moving_shapes
 from dmd_ds.data.video import contact_sheet, write_video
+from dmd_ds.evaluation import REFERENCE, Evaluation, caption_list, evaluate, read_reference, table
 from dmd_ds.generation import Settings, VideoModel
 from dmd_ds.recipe import REPOSITORY, load_recipe
-from tools.evaluate import REFERENCE, Evaluation, captions, evaluate, read_reference, table
 
 TEACHER = "tiny-wan"
 FIRST_SEED = 10_000  # of the videos that are judged; the kept reference has others
@@ -75,14 +75,15 @@ def train(out: Path, data: Path, overrides: list[str], log: Path) -> None:
 
 def compare(out: Path, student: Path, prompt_count: int, teacher_guidance: float) -> dict[str, Evaluation]:
     """Teacher at 50 steps, the same at the student's steps, and the student, on the same prompts and seeds."""
-    prompts, reference_NF = captions(prompt_count), read_reference(REFERENCE)
+    prompts, reference_NF = caption_list(prompt_count), read_reference(REFERENCE)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher, distilled = VideoModel(TEACHER, device), VideoModel(str(student), device)
     few_step = distilled.settings.few_step
     teacher_settings = teacher.settings.changed(guidance=teacher_guidance)
+    undistilled_settings = teacher_settings.model_copy(update={"steps": few_step.steps, "few_step": few_step})
     rows: dict[str, tuple[VideoModel, Settings]] = {
         f"teacher {teacher_settings.steps} steps": (teacher, teacher_settings),
-        f"undistilled {few_step.steps} steps": (teacher, teacher_settings.model_copy(update={"steps": few_step.steps, "few_step": few_step})),
+        f"undistilled {few_step.steps} steps": (teacher, undistilled_settings),
         f"student {few_step.steps} steps": (distilled, distilled.settings),
     }
     evaluations = {}

@@ -46,7 +46,8 @@ class LatentsWriter:
     def add(self, latents_CTHW: torch.Tensor, prompt_embeds_LD: torch.Tensor, **about: Any) -> None:
         number = len(self.lines)
         self.tensors[f"{number}.latents"] = latents_CTHW.contiguous()
-        self.tensors[f"{number}.prompt_embeds"] = prompt_embeds_LD.contiguous()
+        # a copy: clips may share a caption, and safetensors refuses tensors that share memory
+        self.tensors[f"{number}.prompt_embeds"] = prompt_embeds_LD.clone(memory_format=torch.contiguous_format)
         self.lines.append({**about, "latents_shape": list(latents_CTHW.shape), "prompt_tokens": len(prompt_embeds_LD)})
         if len(self.lines) == self.samples_a_shard:
             self._write_shard()

@@ -42,8 +42,7 @@ CAPTIONS = tuple(Caption(*words) for words in itertools.product(COLORS, SHAPES, 
 
 # A Latin square of the three words, never shown to the teacher: it has seen every word, not these nine sentences.
 HELD_BACK = tuple(
-    Caption(color, SHAPES[i % 3], MOTIONS[(i + i // 3) % 3])
-    for i, color in enumerate(itertools.islice(itertools.cycle(COLORS), 9))
+    Caption(color, SHAPES[i % 3], MOTIONS[(i + i // 3) % 3]) for i, color in enumerate(itertools.islice(itertools.cycle(COLORS), 9))
 )
 
 
@@ -86,9 +85,7 @@ def _reach(shape: str, side: float) -> tuple[float, float, float, float]:
     return np.sqrt(3) * inradius, np.sqrt(3) * inradius, 2 * inradius, inradius
 
 
-def draw(
-    caption: Caption, rng: np.random.Generator, frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH
-) -> np.ndarray:
+def draw(caption: Caption, rng: np.random.Generator, frames: int = FRAMES, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
     """A clip of the caption, uint8 `[T, H, W, 3]`; size, path and direction come from `rng`."""
     short = min(height, width)
     side = short * rng.uniform(*SIZE_RANGE)

@@ -108,9 +108,7 @@ class DMD2Engine:
     def generator_step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         """One update of the generator by the distribution-matching gradient."""
         self.generator.train()
-        x0_BCTHW = self.rollout(
-            batch, step, "generator", lambda x, sigma_B: self.generator(x, sigma_B, batch.prompt_embeds_BLD)
-        )
+        x0_BCTHW = self.rollout(batch, step, "generator", lambda x, sigma_B: self.generator(x, sigma_B, batch.prompt_embeds_BLD))
         with torch.no_grad():
             leaf_BCTHW = x0_BCTHW.detach()
             x_BCTHW, _, sigma_B = self.noised(leaf_BCTHW, batch, step, "generator")

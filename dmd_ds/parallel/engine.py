@@ -5,7 +5,6 @@ Two rules of use, both measured: a forward that is not followed by this engine's
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import deepspeed

@@ -1,0 +1,9 @@
+import pytest
+
+from tests.mini import make_pipeline
+
+
+@pytest.fixture(scope="session")
+def mini_model(tmp_path_factory):
+    """A diffusers folder of the mini Wan; read only."""
+    return make_pipeline(tmp_path_factory.mktemp("mini") / "model")

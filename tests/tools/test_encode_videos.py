@@ -1,0 +1,110 @@
+"""Video files with captions become a dataset; a broken one is named and skipped, none readable is an error."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dmd_ds.data import moving_shapes as ms
+from dmd_ds.data.latents import LatentsDataset
+from dmd_ds.data.video import read_video, write_video
+from dmd_ds.errors import UserError
+from dmd_ds.generation import VideoModel
+from dmd_ds.wan.autoencoder import decode, encode
+from dmd_ds.wan.text import encode_prompts, load_text_encoder
+from tests.data.test_video import film
+from tools.encode_videos import encode_videos, list_clips
+
+SIZE = {"frames": 5, "height": 32, "width": 48, "fps": 8, "negative": ""}
+
+
+@pytest.fixture
+def clips(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        write_video(tmp_path / f"{i}.mp4", ms.draw(ms.CAPTIONS[i], rng), 8)
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
+    names = ["0.mp4", "broken.mp4", "1.mp4", "missing.mp4", "2.mp4"]
+    lines = [json.dumps({"video_path": name, "caption": "a red circle"}) for name in names]
+    (tmp_path / "clips.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_good_clips_are_encoded_and_broken_ones_named_and_counted(clips, mini_model, capsys):
+    assert encode_videos(clips / "clips.jsonl", clips / "out", mini_model, **SIZE) == 3
+    printed = capsys.readouterr()
+    assert "3 clips encoded, 2 skipped" in printed.out
+    assert "broken.mp4" in printed.err and "missing.mp4: no such file" in printed.err
+    dataset = LatentsDataset(str(clips / "out"))
+    assert len(dataset) == 3 and tuple(dataset[0].latents.shape) == (4, 2, 4, 6)
+    assert [about["source"] for about in dataset.about] == ["0.mp4", "1.mp4", "2.mp4"]
+    text = load_text_encoder(mini_model, torch.device("cpu"))
+    torch.testing.assert_close(dataset[0].prompt_embeds, encode_prompts(text, ["a red circle"])[0])
+
+
+def test_latents_in_the_dataset_are_those_of_the_clip(clips, mini_model):
+    encode_videos(clips / "clips.jsonl", clips / "out", mini_model, **SIZE)
+    pixels = torch.from_numpy(read_video(clips / "1.mp4", 5, 32, 48, 8)).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    expected = encode(VideoModel(str(mini_model), torch.device("cpu")).vae, pixels)[0]
+    torch.testing.assert_close(LatentsDataset(str(clips / "out"))[1].latents, expected)
+
+
+def test_none_readable_is_an_error_that_leaves_nothing(tmp_path, mini_model):
+    (tmp_path / "clips.jsonl").write_text('{"video_path": "gone.mp4", "caption": "a"}\n')
+    with pytest.raises(UserError, match="none of the 1 clips could be read"):
+        encode_videos(tmp_path / "clips.jsonl", tmp_path / "out", mini_model, **SIZE)
+    assert [path.name for path in tmp_path.iterdir()] == ["clips.jsonl"]
+
+
+def test_a_folder_of_the_users_is_never_written_over(clips, mini_model):
+    (clips / "out").mkdir()
+    (clips / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="exists already"):
+        encode_videos(clips / "clips.jsonl", clips / "out", mini_model, **SIZE)
+    assert (clips / "out" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"frames": 16}, "--frames 16: the VAE takes 4n"), ({"height": 30}, "--height 30: must be a multiple of 16")],
+)
+def test_impossible_sizes_are_refused_with_the_nearest(clips, mini_model, change, message):
+    with pytest.raises(UserError, match=message):
+        encode_videos(clips / "clips.jsonl", clips / "out", mini_model, **{**SIZE, **change})
+
+
+def test_captions_come_from_jsonl_json_or_text_files(clips):
+    (clips / "videos2caption.json").write_text(json.dumps([{"path": "0.mp4", "cap": ["a blue square", "another"]}]))
+    (clips / "1.txt").write_text("a red square\n")
+    assert len(list_clips(clips / "clips.jsonl")) == 5
+    assert [(clip.path.name, clip.caption) for clip in list_clips(clips / "videos2caption.json")] == [("0.mp4", "a blue square")]
+    assert [(clip.path.name, clip.caption) for clip in list_clips(clips)] == [("1.mp4", "a red square")]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.jsonl", '{"video_path": "a.mp4", "caption": "x"}\n{"video_path": "a.mp4"}\n', "a.jsonl:2: caption is None"),
+        ("a.jsonl", '{"video_path": 3, "caption": "x"}\n', "a.jsonl:1: video_path is 3"),
+        ("a.jsonl", '{"video_path"\n', "a.jsonl:1: not readable as JSON"),
+        ("a.jsonl", "\n", "names no clip"),
+        ("a.json", '{"path": "a"}', "a list of clips is expected"),
+        ("a.json", "[3]", "clip 0: not a mapping"),
+    ],
+)
+def test_a_bad_list_of_clips_names_file_and_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        list_clips(tmp_path / name)
+
+
+def test_a_real_film_survives_the_tiny_vae():
+    """The tiny VAE has only seen moving shapes: of a real film the layout remains, not the detail."""
+    vae = VideoModel("tiny-wan", torch.device("cpu")).vae
+    video = read_video(film("bigbuckbunny.mp4"), 9, 64, 96, 8)
+    latents = encode(vae, torch.from_numpy(video).permute(3, 0, 1, 2)[None] / 127.5 - 1)
+    assert tuple(latents.shape) == (1, 16, 3, 8, 12)
+    back = decode(vae, latents)[0].numpy()
+    assert back.shape == video.shape
+    assert np.corrcoef(back.astype(float).ravel(), video.astype(float).ravel())[0, 1] > 0.8
