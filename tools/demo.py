@@ -10,6 +10,7 @@ finished is not done again.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,10 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 
+from dmd_ds.checkpoint import write_whole
 from dmd_ds.data import moving_shapes
 from dmd_ds.data.video import contact_sheet, write_video
+from dmd_ds.errors import UserError, one_line_errors
 from dmd_ds.evaluation import REFERENCE, Evaluation, caption_list, evaluate, read_reference, table
 from dmd_ds.generation import Settings, VideoModel
 from dmd_ds.recipe import REPOSITORY, load_recipe
@@ -29,6 +32,7 @@ from dmd_ds.recipe import REPOSITORY, load_recipe
 TEACHER = "tiny-wan"
 FIRST_SEED = 10_000  # of the videos that are judged; the kept reference has others
 SHOWN = 8  # prompts on the contact sheet
+SECONDS_BETWEEN_LINES = 30
 
 
 def say(text: str) -> None:
@@ -36,13 +40,18 @@ def say(text: str) -> None:
 
 
 def run(*command: str, log: Path) -> None:
-    """Runs a command of this project; where it fails, shows the end of what it printed and stops."""
+    """Runs a command of this project, showing now and then the last line it printed; where it fails, the last thirty."""
     print("$", " ".join(command), f"  (log: {log})", flush=True)
     with log.open("w") as file:
-        failed = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT).returncode
-    if failed:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            try:
+                process.wait(timeout=SECONDS_BETWEEN_LINES)
+            except subprocess.TimeoutExpired:
+                print("  ", *re.split(r"[\r\n]+", log.read_text().strip())[-1:], flush=True)
+    if process.returncode:
         print("\n".join(log.read_text().splitlines()[-30:]), file=sys.stderr)
-        sys.exit(f"error: {command[0]} ended with code {failed}; the whole of it is in {log}")
+        raise UserError(f"{command[0]} ended with code {process.returncode}; the whole of what it printed is in {log}")
 
 
 def write_clips(folder: Path, clips_a_caption: int) -> None:
@@ -73,7 +82,7 @@ def train(out: Path, data: Path, overrides: list[str], log: Path) -> None:
     run(*launcher, "dmd_ds/train.py", "tiny", f"output_dir={out / 'run'}", f"data.path={data}", *overrides, log=log)
 
 
-def compare(out: Path, student: Path, prompt_count: int, teacher_guidance: float) -> dict[str, Evaluation]:
+def compare(student: Path, prompt_count: int, teacher_guidance: float) -> dict[str, Evaluation]:
     """Teacher at 50 steps, the same at the student's steps, and the student, on the same prompts and seeds."""
     prompts, reference_NF = caption_list(prompt_count), read_reference(REFERENCE)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,7 +114,7 @@ def write_samples(folder: Path, evaluations: dict[str, Evaluation]) -> None:
     iio.imwrite(folder / "contact_sheet.png", sheet)
 
 
-def write_report(path: Path, evaluations: dict[str, Evaluation], prompt_count: int, train_seconds: float | None) -> dict:
+def write_report(path: Path, evaluations: dict[str, Evaluation], prompt_count: int) -> None:
     """report.json: a row a model, and how much of the gap to the teacher the student closes."""
     teacher, undistilled, student = (evaluation.numbers for evaluation in evaluations.values())
     floor = teacher["frechet"]  # these seeds are a second set of the guided teacher's videos; the reference is the first
@@ -118,10 +127,50 @@ def write_report(path: Path, evaluations: dict[str, Evaluation], prompt_count: i
         "gap_closed": (undistilled["frechet"] - student["frechet"]) / (undistilled["frechet"] - floor),
         "both_of_teacher": student["both"] / teacher["both"],
         "speedup": teacher["seconds"] / student["seconds"],
-        "train_seconds": train_seconds,
     }
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    return report
+    write_whole(path, json.dumps(report, indent=1) + "\n")
+
+
+def check_settings(path: Path, settings: dict) -> None:
+    """What is in the folder must come from the same settings: nothing of another run is shown as this one's."""
+    if path.is_file() and json.loads(path.read_text()) != settings:
+        raise UserError(f"{path}: that folder holds a demo with other settings; name another with --out or remove it")
+    write_whole(path, json.dumps(settings, indent=1) + "\n")
+
+
+def demo(out: Path, prompt_count: int, clips_a_caption: int, overrides: list[str]) -> None:
+    recipe = load_recipe("tiny", overrides)
+    out.mkdir(parents=True, exist_ok=True)
+    check_settings(out / "settings.json", {"prompts": prompt_count, "clips": clips_a_caption, "recipe": recipe.model_dump(mode="json")})
+    clips, data, student, report_file = out / "clips", out / "data", out / "student", out / "report.json"
+    began = time.monotonic()
+
+    say("1/5 clips of moving shapes, as mp4")
+    if not clips.exists():
+        write_clips(clips, clips_a_caption)
+    say("2/5 their latents and text embeddings")
+    if not data.exists():
+        encode(clips, data, out / "encode.log")
+    say("3/5 DMD2: generator and fake score, two ZeRO-3 engines on two ranks")
+    if not student.exists():
+        train(out, data, overrides, out / "train.log")
+        say("4/5 the student as a diffusers folder")
+        run(sys.executable, "tools/zero_to_safetensors.py", str(out / "run"), str(student), log=out / "export.log")
+    say("5/5 teacher, undistilled and student on the same prompts and seeds")
+    if not report_file.exists():
+        evaluations = compare(student, prompt_count, recipe.score.guidance)
+        write_samples(out / "samples", evaluations)
+        write_report(report_file, evaluations, prompt_count)
+
+    report = json.loads(report_file.read_text())
+    steps = recipe.sampling.steps
+    titles = {"teacher": "teacher, 50 steps", "undistilled": f"undistilled, {steps} steps", "student": f"student, {steps} steps"}
+    print("\n" + table({title: report[row] for row, title in titles.items()}))
+    print(
+        f"\nthe student closes {report['gap_closed']:.0%} of the Fréchet gap between the undistilled model and the teacher "
+        f"(floor {report['floor']:.2f}) and is {report['speedup']:.0f} times faster; {time.monotonic() - began:.0f} s in all"
+    )
+    print(f"look at\n  {out}/samples/contact_sheet.png\n  {out}/samples/*.mp4\n  {report_file}\n  {student}/")
 
 
 def main() -> None:
@@ -131,35 +180,8 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=2, help="clips a caption (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe `tiny`")
     a = parser.parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
-    clips, data, student = a.out / "clips", a.out / "data", a.out / "student"
-    began = time.monotonic()
-
-    say("1/5 clips of moving shapes, as mp4")
-    if not clips.exists():
-        write_clips(clips, a.clips)
-    say("2/5 their latents and text embeddings")
-    if not data.exists():
-        encode(clips, data, a.out / "encode.log")
-    say("3/5 DMD2: generator and fake score, two ZeRO-3 engines on two ranks")
-    train_seconds = None
-    if not student.exists():
-        started = time.monotonic()
-        train(a.out, data, a.overrides, a.out / "train.log")
-        train_seconds = time.monotonic() - started
-        say("4/5 the student as a diffusers folder")
-        run(sys.executable, "tools/zero_to_safetensors.py", str(a.out / "run"), str(student), log=a.out / "export.log")
-    say("5/5 teacher, undistilled and student on the same prompts and seeds")
-    evaluations = compare(a.out, student, a.prompts, load_recipe("tiny", a.overrides).score.guidance)
-    write_samples(a.out / "samples", evaluations)
-    report = write_report(a.out / "report.json", evaluations, a.prompts, train_seconds)
-
-    print("\n" + table({name: evaluation.numbers for name, evaluation in evaluations.items()}))
-    print(
-        f"\nthe student closes {report['gap_closed']:.0%} of the Fréchet gap between the undistilled model and the teacher "
-        f"(floor {report['floor']:.2f}), {report['speedup']:.0f} times faster; {time.monotonic() - began:.0f} s in all"
-    )
-    print(f"look at\n  {a.out}/samples/contact_sheet.png\n  {a.out}/samples/*.mp4\n  {a.out}/report.json\n  {student}/")
+    with one_line_errors():
+        demo(a.out, a.prompts, a.clips, a.overrides)
 
 
 if __name__ == "__main__":
