@@ -20,7 +20,7 @@ class Monitor:
             return
         self.metrics = run / "metrics.jsonl"
         if self.metrics.is_file():  # steps after the checkpoint that a resumed run takes again
-            lines = self.metrics.read_text().splitlines(keepends=True)
+            lines = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
             write_whole(self.metrics, "".join(line for line in lines if json.loads(line)["step"] <= first_step))
         self.file = self.metrics.open("a", buffering=1)
         self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=first_step + 1)

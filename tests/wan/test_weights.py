@@ -1,0 +1,97 @@
+"""Weights come in whole or not at all, and go out as files that safetensors reads."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dmd_ds.errors import UserError
+from dmd_ds.wan.weights import find_model, load_weights, renew_buffers, save_weights, transformer_config, weight_files
+from tests.mini import TRANSFORMER, make_transformer
+
+
+def sharded(seed: int):
+    """A transformer whose parameters look as under ZeRO-3 on one rank."""
+    module = make_transformer(seed)
+    for parameter in module.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.ds_tensor = torch.zeros(parameter.numel())
+    return module
+
+
+def whole(parameter, tensor):
+    return tensor.reshape(-1)
+
+
+@pytest.fixture
+def model(mini_model, tmp_path):
+    return shutil.copytree(mini_model, tmp_path / "model")
+
+
+def change(model, edit) -> None:
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+
+
+def test_every_tensor_of_the_folder_lands_in_its_parameter(model):
+    module = sharded(seed=5)
+    load_weights(module, model / "transformer", whole)
+    stored = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.ds_tensor, stored[name].reshape(-1)), name
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda tensors: tensors.pop("proj_out.bias"), "1 missing tensors, the first is proj_out.bias"),
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), "1 unknown tensors, the first is extra"),
+        (lambda tensors: tensors.update({"proj_out.bias": torch.zeros(3)}), r"proj_out.bias is \[3\], the configuration asks for \[16\]"),
+    ],
+)
+def test_a_folder_that_does_not_fit_names_the_tensor(model, edit, message):
+    change(model, edit)
+    with pytest.raises(UserError, match=message):
+        load_weights(sharded(0), model / "transformer", whole)
+
+
+def test_a_truncated_or_missing_file_is_named(model):
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="diffusion_pytorch_model.safetensors: not readable"):
+        weight_files(model / "transformer")
+    file.unlink()
+    with pytest.raises(UserError, match="neither diffusion_pytorch_model.safetensors nor"):
+        weight_files(model / "transformer")
+
+
+def test_a_folder_without_a_part_or_of_another_model_is_refused(model):
+    shutil.rmtree(model / "vae")
+    with pytest.raises(UserError, match="vae/config.json is missing"):
+        find_model(str(model))
+    (model / "transformer" / "config.json").write_text(json.dumps({"_class_name": "UNet"}))
+    with pytest.raises(UserError, match="'UNet' is no WanTransformer3DModel"):
+        transformer_config(model)
+
+
+def test_the_rotary_tables_are_made_again_exactly():
+    module = make_transformer()
+    expected = module.rope.freqs_cos.clone()
+    module.rope.freqs_cos.data = expected.bfloat16().float()
+    renew_buffers(module)
+    assert torch.equal(module.rope.freqs_cos, expected) and module.config.num_layers == TRANSFORMER["num_layers"]
+
+
+@pytest.mark.parametrize("most_elements, files", [(10**9, 1), (100, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_written_weights_are_read_back_by_safetensors(tmp_path, most_elements, files, dtype):
+    tensors = {"a": torch.randn(7, 3), "b": torch.randn(100), "scalar": torch.randn(()), "c": torch.randn(2, 2, 2)}
+    save_weights(tmp_path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__, dtype, most_elements * dtype.itemsize)
+    found = weight_files(tmp_path)
+    assert found.keys() == tensors.keys() and len(set(found.values())) == files
+    for name, file in found.items():
+        assert torch.equal(load_file(file)[name], tensors[name].to(dtype))
