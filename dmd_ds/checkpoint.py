@@ -17,13 +17,14 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from dmd_ds import __version__
-from dmd_ds.errors import UserError
+from dmd_ds.errors import UserError, read_json
 from dmd_ds.parallel.mesh import Mesh
-from dmd_ds.recipe import Recipe, dump_recipe
+from dmd_ds.recipe import Recipe, dump_recipe, known_keys, load_recipe
 
 LATEST = "latest"
 STATE = "state.json"
 RECIPE = "recipe.yaml"
+MAY_CHANGE = {"output_dir", "max_steps", "save_every"}
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -43,6 +44,11 @@ def save(run: Path, step: int, engines: dict[str, deepspeed.DeepSpeedEngine], re
     mesh.barrier()
     for name, engine in engines.items():
         engine.save_checkpoint(str(unfinished), tag=name, save_latest=False, exclude_frozen_parameters=True)
+    mesh.barrier()
+    for name in engines:  # on every node: a node without the shared folder sees only its own ranks' files
+        written = len(list((unfinished / name).glob("*_optim_states.pt")))
+        if written != mesh.world_size:
+            raise UserError(f"{unfinished / name}: {written} of {mesh.world_size} rank files; output_dir must be one folder for all nodes")
     mesh.barrier()
     if mesh.is_first:
         versions = {"dmd_ds": __version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__}
@@ -69,10 +75,7 @@ def latest(run: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict:
-    try:
-        return json.loads((folder / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder / STATE}: not readable as a checkpoint's state: {error}") from error
+    return read_json(folder / STATE)
 
 
 def resumed_step(folder: Path, world_size: int) -> int:
@@ -81,6 +84,19 @@ def resumed_step(folder: Path, world_size: int) -> int:
     if state["world_size"] != world_size:
         raise UserError(f"{folder} was written by {state['world_size']} ranks, this job has {world_size}; resume on {state['world_size']}")
     return state["step"]
+
+
+def check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    """A resumed run goes on with the recipe it was started with; only how long it runs and what it shows may change."""
+    before, now = load_recipe(str(folder / RECIPE)).model_dump(), recipe.model_dump()
+    for key in known_keys():
+        if key in MAY_CHANGE or key.startswith("validation."):
+            continue
+        old, new = before, now
+        for part in key.split("."):
+            old, new = old[part], new[part]
+        if old != new:
+            raise UserError(f"{key}={new}: the run in {folder.parents[1]} was started with {old}; name another output_dir, or put it back")
 
 
 def load(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine]) -> None:

@@ -1,9 +1,13 @@
 """A user's mistakes: one clear line each, never a traceback."""
 
 import contextlib
+import json
 import os
+import socket
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -12,15 +16,27 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns a UserError into one line on stderr, from one rank, and exit code 2.
+    """Turns a UserError into one line on stderr, and exit code 2.
 
-    The other ranks leave a little later: a launcher that sees any rank end stops all of them, and the first must have spoken.
+    Of several ranks that fail the first one speaks: the others wait a little, and a launcher that sees a rank end stops all
+    of them. A rank that fails alone is still there after that, and says who and where it is.
     """
     try:
         yield
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
+        rank = int(os.environ.get("RANK", 0))
+        if rank:
             time.sleep(5)
+        where = f" (rank {rank} on {socket.gethostname()})" if rank else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; `UserError` names file and line."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not readable as JSON: {error.msg}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable: {error}") from error

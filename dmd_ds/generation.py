@@ -1,6 +1,5 @@
 """A diffusers Wan folder, teacher or student, and the videos it makes: for inference, evaluation and the demo alike."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from pydantic import Field, ValidationError
 
 from dmd_ds.data.latents import pad_embeds
-from dmd_ds.errors import UserError
+from dmd_ds.errors import UserError, read_json
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Positive, Sampling, Section, explain
 from dmd_ds.sampler import Velocity, few_step_sigmas, few_step_x0, guided, scheduler_sample
@@ -50,15 +49,22 @@ def read_settings(folder: Path) -> Settings:
     if not path.is_file():
         return Settings()
     try:
-        return Settings.model_validate(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not readable as JSON: {error.msg}") from error
+        return Settings.model_validate(read_json(path))
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error.errors()[0])}") from error
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
     (folder / SETTINGS_FILE).write_text(settings.model_dump_json(indent=1) + "\n")
+
+
+def load_scheduler(folder: Path) -> UniPCMultistepScheduler:
+    """The folder's own scheduler, Wan2.1's UniPC; `UserError` for another, which would be read as what it is not."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    name = read_json(path).get("_class_name")
+    if name != "UniPCMultistepScheduler":
+        raise UserError(f"{path}: {name}, not Wan2.1's UniPCMultistepScheduler; a few-step student needs its {SETTINGS_FILE} beside it")
+    return UniPCMultistepScheduler.from_pretrained(folder / "scheduler")
 
 
 class VideoModel:
@@ -70,8 +76,8 @@ class VideoModel:
         self.settings = read_settings(self.folder)
         self.text = load_text_encoder(self.folder, device)
         self.vae = load_autoencoder(self.folder, device)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        transformer = WanTransformer3DModel.from_pretrained(self.folder / "transformer", torch_dtype=dtype)
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        transformer = WanTransformer3DModel.from_pretrained(self.folder / "transformer", torch_dtype=self.dtype)
         self.denoiser = WanDenoiser(transformer).to(device).eval().requires_grad_(False)
 
     def latents_shape(self, settings: Settings) -> tuple[int, int, int, int]:
@@ -94,7 +100,7 @@ class VideoModel:
         """Sampled latents `[B, C, T, H, W]`; each depends on its own prompt and seed alone, not on the batch."""
         shape = self.latents_shape(settings)
         *conditional, unconditional = encode_prompts(self.text, [*prompts, negative_prompt])
-        tokens = padded_tokens(max(len(embed) for embed in [*conditional, unconditional]))
+        tokens = padded_tokens(max(len(embed) for embed in [*conditional, unconditional]), self.dtype)
 
         def velocity(embeds: list[torch.Tensor]) -> Velocity:
             padded = pad_embeds(embeds, tokens).to(self.device)
@@ -107,8 +113,7 @@ class VideoModel:
         both = guided(velocity(conditional), velocity([unconditional] * len(prompts)), settings.guidance)
         if settings.few_step:
             return few_step_x0(both, noise, few_step_sigmas(settings.few_step), settings.few_step.steps - 1)
-        scheduler = UniPCMultistepScheduler.from_pretrained(self.folder / "scheduler")
-        return scheduler_sample(both, scheduler, settings.steps, noise(0))
+        return scheduler_sample(both, load_scheduler(self.folder), settings.steps, noise(0))
 
     def videos(self, prompts: list[str], seeds: list[int], settings: Settings, negative_prompt: str = "") -> torch.Tensor:
         """uint8 `[B, T, H, W, 3]`."""

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from dmd_ds import checkpoint
 from dmd_ds.data.latents import BatchOrder, LatentsDataset, pad_embeds
 from dmd_ds.distill.dmd2 import Batch, DMD2Engine
 from dmd_ds.errors import UserError
 from dmd_ds.monitor import Monitor
-from dmd_ds.parallel.engine import complete_ds_config, make_engine, read_ds_config, shard, sharded_build
+from dmd_ds.parallel.engine import complete_ds_config, gather_by_block, make_engine, read_ds_config, shard, sharded_build, training_dtype
 from dmd_ds.parallel.mesh import Mesh, make_mesh, world_size
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Optimizer, Recipe, dump_recipe
@@ -74,7 +75,10 @@ def check_inputs(recipe: Recipe) -> Inputs:
         for name, section in sections.items()
     }
     resume_from = checkpoint.latest(Path(recipe.output_dir))
-    first_step = checkpoint.resumed_step(resume_from, world_size()) if resume_from else 0
+    first_step = 0
+    if resume_from:
+        checkpoint.check_same_recipe(resume_from, recipe)
+        first_step = checkpoint.resumed_step(resume_from, world_size())
     return Inputs(recipe, model, dataset, config, ds_configs, resume_from, first_step)
 
 
@@ -91,16 +95,19 @@ class Trainer:
         recipe = self.recipe = inputs.recipe
         self.run = Path(recipe.output_dir)
         self.mesh: Mesh = make_mesh()
+        if len(set(self.mesh.all_gather_objects(inputs.first_step))) > 1:
+            raise UserError(f"output_dir={recipe.output_dir}: the nodes see different checkpoints there; it must be one folder for all")
         self.dataset = inputs.dataset
-        self.prompt_tokens = padded_tokens(self.dataset.most_prompt_tokens)
+        self.prompt_tokens = padded_tokens(self.dataset.most_prompt_tokens, training_dtype())
         global_batch_size = recipe.data.batch_size * self.mesh.data_size
         self.order = BatchOrder(self.dataset.buckets(), global_batch_size, Randomness(recipe.seed))
 
         score_model = build_denoiser(inputs, inputs.ds_configs["fake_score"])
         torch.manual_seed(recipe.seed)  # the adapter's first weights, alike on all ranks
         score_model.add_adapter(recipe.fake_score.lora_rank, recipe.fake_score.lora_alpha)
+        generator = gather_by_block(build_denoiser(inputs, inputs.ds_configs["generator"]), WanTransformerBlock)
         self.engines = {
-            "generator": make_engine(build_denoiser(inputs, inputs.ds_configs["generator"]), inputs.ds_configs["generator"]),
+            "generator": make_engine(generator, inputs.ds_configs["generator"]),
             "fake_score": make_engine(score_model, inputs.ds_configs["fake_score"]),
         }
         negative_embeds_1LD = pad_embeds([self.dataset.negative_embeds_LD], self.prompt_tokens)

@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dmd_ds.checkpoint import write_whole
 from dmd_ds.data.video import write_video
 from dmd_ds.errors import UserError, one_line_errors
 from dmd_ds.generation import Settings, VideoModel
+from dmd_ds.wan.weights import weight_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +29,10 @@ class Job:
     prompt: str
     seed: int
 
-    def name(self, index: int, settings: Settings, model: str) -> str:
+    def name(self, index: int, settings: Settings, model: str, negative_prompt: str) -> str:
         """A file name that no other prompt, seed, model or setting shares, made of harmless letters."""
         slug = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:60]
-        key = json.dumps([self.prompt, self.seed, model, settings.model_dump()])
+        key = json.dumps([self.prompt, self.seed, model, settings.model_dump(), negative_prompt])
         return f"{index:05d}-{slug}-{hashlib.sha256(key.encode()).hexdigest()[:10]}.mp4"
 
 
@@ -61,21 +63,30 @@ def read_jobs(path: Path, seed: int) -> list[Job]:
     return jobs
 
 
+def fingerprint(folder: Path) -> str:
+    """Tells the weights of one folder from others, at the same path or not, without reading them whole."""
+    files = sorted(set(weight_files(folder / "transformer").values()))
+    return json.dumps([str(folder)] + [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+
+
 def generate(model: VideoModel, jobs: list[Job], out: Path, settings: Settings, batch_size: int, negative_prompt: str) -> int:
     """Makes what is not there yet; returns how many videos it made."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file, not a folder")
     out.mkdir(parents=True, exist_ok=True)
-    names = [job.name(index, settings, str(model.folder)) for index, job in enumerate(jobs)]
+    names = [job.name(index, settings, fingerprint(model.folder), negative_prompt) for index, job in enumerate(jobs)]
     todo = [(name, job) for name, job in zip(names, jobs, strict=True) if not (out / name).exists()]
     for start in tqdm(range(0, len(todo), batch_size), desc="generating", unit="batch"):
         part = todo[start : start + batch_size]
         videos = model.videos([job.prompt for _, job in part], [job.seed for _, job in part], settings, negative_prompt)
         for (name, _), video in zip(part, videos.numpy(), strict=True):
             write_video(out / name, video, settings.fps)
-    shared = {"model": str(model.folder), **settings.model_dump()}
-    lines = [json.dumps({"file": name, "prompt": job.prompt, "seed": job.seed, **shared}) for name, job in zip(names, jobs, strict=True)]
-    temporary = out / ".manifest.jsonl.tmp"
-    temporary.write_text("\n".join(lines) + "\n")
-    temporary.rename(out / "manifest.jsonl")
+    shared = {"model": str(model.folder), "negative_prompt": negative_prompt, **settings.model_dump()}
+    manifest = out / "manifest.jsonl"
+    records = [json.loads(line) for line in manifest.read_text().splitlines()] if manifest.is_file() else []
+    by_file = {record["file"]: record for record in records}
+    by_file |= {name: {"file": name, "prompt": job.prompt, "seed": job.seed, **shared} for name, job in zip(names, jobs, strict=True)}
+    write_whole(manifest, "".join(json.dumps(record) + "\n" for record in by_file.values()))
     return len(todo)
 
 
@@ -91,6 +102,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=kind, help="default: what the model's folder says, else Wan2.1's own")
     a = parser.parse_args()
     with one_line_errors():
+        if a.batch_size < 1:
+            raise UserError(f"--batch-size {a.batch_size}: must be at least 1")
         jobs = read_jobs(a.prompts, a.seed)
         model = VideoModel(a.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         settings = model.settings.changed(steps=a.steps, guidance=a.guidance, frames=a.frames, height=a.height, width=a.width, fps=a.fps)

@@ -24,7 +24,7 @@ import torch
 from dmd_ds.checkpoint import write_whole
 from dmd_ds.data import moving_shapes
 from dmd_ds.data.video import contact_sheet, write_video
-from dmd_ds.errors import UserError, one_line_errors
+from dmd_ds.errors import UserError, one_line_errors, read_json
 from dmd_ds.evaluation import REFERENCE, Evaluation, caption_list, evaluate, read_reference, table
 from dmd_ds.generation import Settings, VideoModel
 from dmd_ds.recipe import REPOSITORY, load_recipe
@@ -76,8 +76,12 @@ def encode(clips: Path, data: Path, log: Path) -> None:
 
 
 def train(out: Path, data: Path, overrides: list[str], log: Path) -> None:
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", "hostfiles/local", "--no_ssh_check"]
-    launcher += ["--master_addr", "127.0.0.1", "--master_port", os.environ.get("MASTER_PORT", "29500")]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", os.environ.get("MASTER_PORT", "29500")]
+    if torch.cuda.device_count() == 1:  # one rank does the work of two
+        launcher += ["--num_gpus", "1"]
+        overrides = [f"data.batch_size={2 * load_recipe('tiny', overrides).data.batch_size}", *overrides]
+    else:
+        launcher += ["--hostfile", "hostfiles/local", "--no_ssh_check", "--master_addr", "127.0.0.1"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
     run(*launcher, "dmd_ds/train.py", "tiny", f"output_dir={out / 'run'}", f"data.path={data}", *overrides, log=log)
 
@@ -105,7 +109,8 @@ def compare(student: Path, prompt_count: int, teacher_guidance: float) -> dict[s
 def write_samples(folder: Path, evaluations: dict[str, Evaluation]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    places = [i * len(moving_shapes.CAPTIONS) // SHOWN for i in range(SHOWN)]
+    videos = min(len(evaluation.videos) for evaluation in evaluations.values())
+    places = [i * min(videos, len(moving_shapes.CAPTIONS)) // SHOWN for i in range(SHOWN)]
     for name, evaluation in evaluations.items():
         for place in places:
             path = folder / f"{place:03d} {moving_shapes.CAPTIONS[place]}, {name}.mp4".replace(" ", "_").replace(",", "")
@@ -133,13 +138,19 @@ def write_report(path: Path, evaluations: dict[str, Evaluation], prompt_count: i
 
 def check_settings(path: Path, settings: dict) -> None:
     """What is in the folder must come from the same settings: nothing of another run is shown as this one's."""
-    if path.is_file() and json.loads(path.read_text()) != settings:
-        raise UserError(f"{path}: that folder holds a demo with other settings; name another with --out or remove it")
+    if path.is_file():
+        if read_json(path) != settings:
+            raise UserError(f"{path}: that folder holds a demo with other settings; name another with --out or remove it")
+    elif any(path.parent.iterdir()):
+        raise UserError(f"--out {path.parent}: holds other things; name another folder")
     write_whole(path, json.dumps(settings, indent=1) + "\n")
 
 
 def demo(out: Path, prompt_count: int, clips_a_caption: int, overrides: list[str]) -> None:
     recipe = load_recipe("tiny", overrides)
+    if prompt_count < SHOWN:
+        raise UserError(f"--prompts {prompt_count}: at least {SHOWN}")
+    out = out.resolve()  # the commands run from the project's folder
     out.mkdir(parents=True, exist_ok=True)
     check_settings(out / "settings.json", {"prompts": prompt_count, "clips": clips_a_caption, "recipe": recipe.model_dump(mode="json")})
     clips, data, student, report_file = out / "clips", out / "data", out / "student", out / "report.json"

@@ -47,11 +47,18 @@ def parse_clip(where: str, record: object, folder: Path, path_key: str, caption_
     return Clip(folder / path, caption)
 
 
+def read_caption(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not readable as text: {error}") from error
+
+
 def list_clips(source: Path) -> list[Clip]:
     """The clips that a jsonl, a videos2caption.json or a folder names; `UserError` names file and line."""
     if source.is_dir():
         videos = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEO_ENDINGS)
-        clips = [Clip(path, path.with_suffix(".txt").read_text().strip()) for path in videos if path.with_suffix(".txt").is_file()]
+        clips = [Clip(path, read_caption(path.with_suffix(".txt"))) for path in videos if path.with_suffix(".txt").is_file()]
         if not clips:
             raise UserError(f"{source}: {len(videos)} videos, none with a .txt of the same stem beside it")
         return clips
@@ -93,6 +100,8 @@ def check_size(model: Path, frames: int, height: int, width: int) -> None:
 def encode_videos(source: Path, out: Path, model: Path, frames: int, height: int, width: int, fps: float, negative: str) -> int:
     """Writes the dataset and returns how many clips it holds; skipped ones are named on stderr."""
     clips = list_clips(source)
+    if not fps > 0:
+        raise UserError(f"--fps {fps}: must be above 0")
     check_size(model, frames, height, width)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already; name another folder or remove it")

@@ -15,7 +15,7 @@ import torch
 
 from dmd_ds.checkpoint import write_whole
 from dmd_ds.data import moving_shapes
-from dmd_ds.errors import one_line_errors
+from dmd_ds.errors import UserError, one_line_errors
 from dmd_ds.evaluation import REFERENCE, caption_list, evaluate, read_reference, table
 from dmd_ds.generation import VideoModel
 
@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     with one_line_errors():
+        if a.prompts < 2:
+            raise UserError(f"--prompts {a.prompts}: a Fréchet distance takes at least 2")
         reference_NF = read_reference(a.reference)
         model = VideoModel(a.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         settings = model.settings.changed(steps=a.steps, guidance=a.guidance)

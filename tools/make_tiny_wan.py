@@ -2,7 +2,7 @@
 """Makes the tiny Wan2.1 that ships in dmd_ds/assets/tiny-wan: a complete diffusers WanPipeline, trained on moving shapes.
 
     python tools/make_tiny_wan.py vae         the autoencoder, about 20 minutes on 2 cores
-    python tools/make_tiny_wan.py decoder     its decoder once more, on whole clips: about 5 minutes
+    python tools/make_tiny_wan.py decoder     its decoder once more, on clips of full length: about 5 minutes
     python tools/make_tiny_wan.py denoiser    text encoder and denoiser, about 40 minutes
     python tools/make_tiny_wan.py card        judges it, keeps the reference, writes the model card: about 10 minutes
 
@@ -56,11 +56,11 @@ def as_pixels(clips_NTHW3: np.ndarray) -> torch.Tensor:
 
 
 def pieces_BCTHW(rng: np.random.Generator, pool_NTHW3: np.ndarray, batch: int, frames: int, crop: int) -> torch.Tensor:
-    """Random pieces of random clips, each with some of the shape in its first frame, `[B, 3, frames, crop, crop]`."""
+    """Random pieces of random clips, each with some of the shape in one of its frames, `[B, 3, frames, crop, crop]`."""
     pieces = []
     for clip in pool_NTHW3[rng.integers(len(pool_NTHW3), size=batch)]:
         clip = clip[rng.integers(len(clip) - frames + 1) :][:frames]
-        lit = np.argwhere((clip[0] > 128).any(-1))
+        lit = np.argwhere((clip[rng.integers(frames)] > 128).any(-1))
         corner = (lit[rng.integers(len(lit))] - rng.integers(crop, size=2)).clip(0, clip.shape[1] - crop)
         pieces.append(clip[:, corner[0] : corner[0] + crop, corner[1] : corner[1] + crop])
     return as_pixels(np.stack(pieces))
@@ -126,6 +126,7 @@ def train_vae(work: Path, seed: int) -> None:
         latents = torch.cat([vae.encode(as_pixels(part)).latent_dist.mode() for part in np.split(pool_NTHW3[::5], 27)])
     vae.register_to_config(latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist())
     vae.save_pretrained(work / "pipeline" / "vae")
+    (work / "bank.pt").unlink(missing_ok=True)  # latents of an older autoencoder
 
 
 def train_decoder(work: Path, seed: int) -> None:
@@ -137,9 +138,9 @@ def train_decoder(work: Path, seed: int) -> None:
     vae = AutoencoderKLWan.from_pretrained(work / "pipeline" / "vae")
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    optimizer, steps, began = Muon(vae, lr=0.004, adamw_lr=3e-4), 240, time.time()
+    optimizer, steps, began = Muon(vae, lr=0.005, adamw_lr=4e-4), 300, time.time()
     for step in range(steps):
-        x = pieces_BCTHW(rng, pool_NTHW3, *((8, moving_shapes.FRAMES, 32) if step % 4 else (2, moving_shapes.FRAMES, 64)))
+        x = pieces_BCTHW(rng, pool_NTHW3, batch=8, frames=moving_shapes.FRAMES, crop=32)
         with torch.no_grad():
             latents = vae.encode(x).latent_dist.mode()
         error = F.mse_loss(vae.decode(latents + 0.03 * torch.randn_like(latents)).sample, x)
@@ -225,7 +226,7 @@ def train_denoiser(work: Path, seed: int) -> None:
         x0 = bank[which, torch.from_numpy(rng.integers(bank.shape[1], size=DENOISER_BATCH))]
         which[torch.from_numpy(rng.random(DENOISER_BATCH) < CAPTION_DROPOUT)] = len(learned)
         embeds = modules["text"](tokens.input_ids, tokens.attention_mask).last_hidden_state
-        embeds = pad_embeds([row[:length] for row, length in zip(embeds, lengths, strict=True)], padded_tokens(max(lengths)))
+        embeds = pad_embeds([row[:length] for row, length in zip(embeds, lengths, strict=True)], padded_tokens(max(lengths), torch.float32))
         sigma = flow.shift_sigma(torch.rand(DENOISER_BATCH), TRAINING_SHIFT)
         noise = torch.randn_like(x0)
         velocity = modules["denoiser"](flow.add_noise(x0, noise, sigma), sigma, embeds[which])

@@ -42,8 +42,9 @@ def stored_dtype(model: Path) -> torch.dtype:
         return opened.get_tensor(name).dtype
 
 
-def model_card(recipe: Recipe, model: Path, step: int) -> str:
-    sampling = recipe.sampling
+def model_card(recipe: Recipe, model: Path, state: dict) -> str:
+    sampling, video = recipe.sampling, state["video"]
+    size = f"height={video['height']}, width={video['width']}, num_frames={video['frames']}"
     sigmas = ", ".join(f"{1000 * sigma:.0f}" for sigma in few_step_sigmas(sampling)[:-1])
     return f"""---
 library_name: diffusers
@@ -51,14 +52,14 @@ pipeline_tag: text-to-video
 ---
 # {model.name}, distilled to {sampling.steps} steps
 
-Distilled with DMD2 by dmd_ds from {recipe.model.path}; data {recipe.data.path}; {step} fake-score updates,
+Distilled with DMD2 by dmd_ds from {recipe.model.path}; data {recipe.data.path}; {state["step"]} fake-score updates,
 a generator update every {recipe.fake_score.updates_per_generator_update}; the teacher's guidance of {recipe.score.guidance} is built in.
 
     import torch
     from diffusers import WanPipeline
 
     pipeline = WanPipeline.from_pretrained(FOLDER)
-    video = pipeline(prompt, num_inference_steps={sampling.steps}, guidance_scale=1.0).frames[0]
+    video = pipeline(prompt, num_inference_steps={sampling.steps}, guidance_scale=1.0, {size}).frames[0]
 
 The scheduler in this folder gives the timesteps it was trained on, {sigmas}, and noises the sample afresh between them.
 The base model's licence holds for this one.
@@ -94,7 +95,7 @@ def zero_to_safetensors(source: Path, out: Path, model: str | None = None, max_s
     (unfinished / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     state = checkpoint.read_state(folder)
     write_settings(unfinished, Settings(steps=recipe.sampling.steps, guidance=1.0, few_step=recipe.sampling, **state["video"]))
-    (unfinished / "README.md").write_text(model_card(recipe, base, state["step"]))
+    (unfinished / "README.md").write_text(model_card(recipe, base, state))
     unfinished.rename(out)
     return out
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dmd_ds.errors import UserError
+from dmd_ds.errors import UserError, read_json
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import find_folder
 
@@ -30,6 +30,14 @@ class Sample:
     latents: torch.Tensor  # [C, T, H, W]
     prompt_embeds: torch.Tensor  # [L, D]
     caption: str
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: {name} cannot be read: {error}") from error
 
 
 class LatentsWriter:
@@ -74,13 +82,16 @@ class LatentsDataset(torch.utils.data.Dataset):
 
     def __init__(self, path: str):
         self.folder = find_folder("data.path", path, INDEX)
-        index = json.loads((self.folder / INDEX).read_text())
+        index = read_json(self.folder / INDEX)
         if index.get("format") != FORMAT:
             raise UserError(f"{self.folder / INDEX}: format {index.get('format')!r}, this version reads {FORMAT!r}")
         self.fps: float = index["fps"]
         self.places: list[tuple[str, int]] = []  # (shard, number within it)
         self.about: list[dict[str, Any]] = []
         for shard in index["shards"]:
+            for name in (f"{shard['name']}.safetensors", f"{shard['name']}.jsonl"):
+                if not (self.folder / name).is_file():
+                    raise UserError(f"{self.folder / name} is missing, though {INDEX} names it")
             lines = (self.folder / f"{shard['name']}.jsonl").read_text().splitlines()
             if len(lines) != shard["samples"]:
                 raise UserError(f"{self.folder}/{shard['name']}.jsonl: {len(lines)} samples, the index says {shard['samples']}")
@@ -88,8 +99,7 @@ class LatentsDataset(torch.utils.data.Dataset):
             self.places += [(shard["name"], number) for number in range(len(lines))]
         if not self.places:
             raise UserError(f"{self.folder}: the dataset holds no sample")
-        with safe_open(self.folder / "negative.safetensors", framework="pt") as file:
-            self.negative_embeds_LD = file.get_tensor("negative_embeds")
+        self.negative_embeds_LD = read_tensor(self.folder / "negative.safetensors", "negative_embeds")
 
     def __len__(self) -> int:
         return len(self.places)
@@ -106,12 +116,7 @@ class LatentsDataset(torch.utils.data.Dataset):
 
     def _tensor(self, index: int, name: str) -> torch.Tensor:
         shard, number = self.places[index]
-        path = self.folder / f"{shard}.safetensors"
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(f"{number}.{name}")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: {number}.{name} cannot be read: {error}") from error
+        return read_tensor(self.folder / f"{shard}.safetensors", f"{number}.{name}")
 
     def prompt_embeds(self, index: int) -> torch.Tensor:
         """`[L, D]`, without padding."""

@@ -4,43 +4,46 @@ Two rules of use, both measured: a forward that is not followed by this engine's
 (a foreign backward through `engine` corrupts its next step), and every rank makes the same number of forwards.
 """
 
-import json
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
-from dmd_ds.errors import UserError
+from dmd_ds.errors import UserError, read_json
 from dmd_ds.recipe import Optimizer, find_ds_config
 
 
 def read_ds_config(key: str, path: str) -> dict[str, Any]:
     """The JSON as it stands; `UserError` names file and line."""
     file = find_ds_config(key, path)
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not readable as JSON: {error.msg}") from error
+    config = read_json(file)
     stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, dict) else None
     if stage != 3:
         raise UserError(f"{file}: zero_optimization.stage={stage!r}; this project shards weights, which is stage 3")
+    if config.get("fp16", {}).get("enabled"):
+        raise UserError(f"{file}: fp16 is enabled; this project trains in bf16 on accelerators and fp32 on the CPU")
     return config
 
 
+def training_dtype() -> torch.dtype:
+    """bf16 on accelerators, fp32 on the CPU."""
+    return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
+
+
 def complete_ds_config(config: dict[str, Any], optimizer: Optimizer, batch_size: int) -> dict[str, Any]:
-    """The JSON with what the recipe decides: batch size, clipping, optimiser. fp32 where there is no accelerator."""
+    """The JSON with what the recipe decides: batch size, clipping, optimiser, precision."""
     parameters = {
         **config.get("optimizer", {}).get("params", {}),
         "lr": optimizer.lr,
         "betas": list(optimizer.betas),
         "weight_decay": optimizer.weight_decay,
     }
-    on_cpu = get_accelerator().device_name() == "cpu"
     return {
         **config,
-        "bf16": {"enabled": False} if on_cpu else config.get("bf16", {"enabled": True}),
+        "bf16": {**config.get("bf16", {}), "enabled": training_dtype() == torch.bfloat16},
         "optimizer": {**config.get("optimizer", {"type": "AdamW"}), "params": parameters},
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": 1,
@@ -53,6 +56,15 @@ def sharded_build(ds_config: dict[str, Any], build):
     """`build()` with every weight sharded over the ranks as soon as it is made."""
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         return build()
+
+
+def gather_by_block(module: nn.Module, block: type[nn.Module]) -> nn.Module:
+    """Has ZeRO-3 gather each block's weights at once instead of layer by layer: half the time of a small model's forward.
+
+    Only for a module that is trained whole: with a frozen base, LoRA and activation checkpointing DeepSpeed 0.19.8 fails so.
+    """
+    set_z3_leaf_modules(module, [block])
+    return module
 
 
 def make_engine(module: nn.Module, ds_config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:

@@ -29,6 +29,12 @@ class Mesh:
         """This rank's places in the global batch, given its own batch size."""
         return list(range(self.data_rank * batch_size, (self.data_rank + 1) * batch_size))
 
+    def all_gather_objects(self, value: object) -> list[object]:
+        """Every rank's value, in rank order, on every rank."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def gather_objects(self, value: object) -> list[object] | None:
         """Every rank's value, in rank order, on rank 0; None elsewhere."""
         if self.world_size == 1:

@@ -24,7 +24,7 @@ def padding_bias(tokens: int, device: torch.device, dtype: torch.dtype) -> torch
     """Attention bias `[tokens]` under which trimmed text counts as the full 512 tokens; None where nothing is trimmed.
 
     All padding tokens are one vector, so m of them weigh in a softmax like one whose logit is raised by log m: the last
-    of the trimmed tokens, a padding token, stands for itself and for all that were cut. Exact, not an approximation.
+    of the trimmed tokens, a padding token, stands for itself and for all that were cut. Exact but for rounding: for fp32 only.
     """
     if tokens == TEXT_TOKENS:
         return None

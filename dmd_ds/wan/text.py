@@ -37,6 +37,10 @@ def encode_prompts(text: TextEncoder, prompts: list[str]) -> list[torch.Tensor]:
     return [row[:length].clone() for row, length in zip(embeds_BLD, tokens.attention_mask.sum(1).tolist(), strict=True)]
 
 
-def padded_tokens(longest: int) -> int:
-    """To how many tokens a set of prompts is padded: room for one padding token, a multiple of 8, at most Wan's 512."""
-    return min(TEXT_TOKENS, (longest // 8 + 1) * 8)
+def padded_tokens(longest: int, dtype: torch.dtype) -> int:
+    """To how many tokens prompts are padded for a model of that type.
+
+    In fp32 no more than needed, at most Wan's 512: room for one padding token, a multiple of 8. In bf16 all 512: the
+    logarithm with which one padding token stands for many (see wan.denoiser.padding_bias) would be rounded to 1 percent.
+    """
+    return min(TEXT_TOKENS, (longest // 8 + 1) * 8) if dtype == torch.float32 else TEXT_TOKENS

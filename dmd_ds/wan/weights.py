@@ -14,10 +14,11 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dmd_ds.errors import UserError
+from dmd_ds.errors import UserError, read_json
 from dmd_ds.recipe import find_folder
 
 WEIGHTS = "diffusion_pytorch_model"
+STEMS = (WEIGHTS, "model")  # what diffusers and what transformers call their files
 INDEX = f"{WEIGHTS}.safetensors.index.json"
 TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -31,11 +32,15 @@ def find_model(path: str) -> Path:
     for part in ("transformer/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json"):
         if not (folder / part).is_file():
             raise UserError(f"model.path={path}: {part} is missing from that folder")
+    for part in ("transformer", "vae", "text_encoder"):
+        for file in sorted(set(weight_files(folder / part).values())):
+            if not file.is_file():
+                raise UserError(f"{file} is missing, though the index beside it names it")
     return folder
 
 
 def transformer_config(model: Path) -> dict:
-    config = json.loads((model / "transformer" / "config.json").read_text())
+    config = read_json(model / "transformer" / "config.json")
     if config.get("_class_name") != "WanTransformer3DModel":
         raise UserError(f"{model}/transformer/config.json: {config.get('_class_name')!r} is no WanTransformer3DModel")
     return config
@@ -57,16 +62,17 @@ def renew_buffers(transformer: WanTransformer3DModel) -> None:
 
 def weight_files(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor, of a folder with one safetensors file or an index of several."""
-    single, index = folder / f"{WEIGHTS}.safetensors", folder / INDEX
-    if single.is_file():
-        try:
-            with safe_open(single, framework="pt") as file:
-                return dict.fromkeys(file.keys(), single)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{single}: not readable as safetensors: {error}") from error
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    raise UserError(f"{folder}: neither {single.name} nor {index.name}")
+    for stem in STEMS:
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if single.is_file():
+            try:
+                with safe_open(single, framework="pt") as file:
+                    return dict.fromkeys(file.keys(), single)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{single}: not readable as safetensors: {error}") from error
+        if index.is_file():
+            return {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+    raise UserError(f"{folder}: holds no weights ({' or '.join(f'{stem}.safetensors' for stem in STEMS)}, or its index)")
 
 
 def load_weights(module: nn.Module, folder: Path, shard: Callable[[nn.Parameter, torch.Tensor], torch.Tensor]) -> None:

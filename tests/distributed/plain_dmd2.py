@@ -90,6 +90,7 @@ def plain_dmd2(
             optimizer_g.zero_grad()
             loss.backward()
             line["grad_norm/generator"] = float(torch.nn.utils.clip_grad_norm_(generator.parameters(), recipe.generator.max_grad_norm))
+            optimizer_g.param_groups[0]["lr"] = recipe.generator.lr * (0.5 if step == 0 else 1.0)  # warm-up of 1 update
             optimizer_g.step()
             line["loss/dm"] = float(loss.detach())
         x0 = roll(text, shape, step, "fake_score", with_gradient=False)
@@ -98,6 +99,7 @@ def plain_dmd2(
         optimizer_f.zero_grad()
         loss.backward()
         line["grad_norm/fake_score"] = float(torch.nn.utils.clip_grad_norm_(adapter, recipe.fake_score.max_grad_norm))
+        optimizer_f.param_groups[0]["lr"] = recipe.fake_score.lr * min(1.0, (step + 1) / 3)  # warm-up of 2 updates
         optimizer_f.step()
         line["loss/fake_score"] = float(loss.detach())
         log.append(line)

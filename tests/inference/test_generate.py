@@ -56,8 +56,8 @@ def test_a_sample_depends_on_its_prompt_and_seed_and_not_on_its_batch(model, set
 
 def test_other_settings_get_other_names(settings):
     job = Job("a", 1)
-    names = {job.name(0, settings, "m"), job.name(0, settings.changed(steps=3), "m"), job.name(0, settings, "n")}
-    assert len(names | {Job("A", 1).name(0, settings, "m")}) == 4
+    names = {job.name(0, settings, "m", ""), job.name(0, settings.changed(steps=3), "m", ""), job.name(0, settings, "n", "")}
+    assert len(names | {Job("A", 1).name(0, settings, "m", ""), job.name(0, settings, "m", "blurry")}) == 5
 
 
 def test_prompts_are_lines_of_text_or_of_json(tmp_path):

@@ -65,7 +65,7 @@ def test_a_truncated_or_missing_file_is_named(model):
     with pytest.raises(UserError, match="diffusion_pytorch_model.safetensors: not readable"):
         weight_files(model / "transformer")
     file.unlink()
-    with pytest.raises(UserError, match="neither diffusion_pytorch_model.safetensors nor"):
+    with pytest.raises(UserError, match="holds no weights"):
         weight_files(model / "transformer")
 
 
@@ -86,11 +86,11 @@ def test_the_rotary_tables_are_made_again_exactly():
     assert torch.equal(module.rope.freqs_cos, expected) and module.config.num_layers == TRANSFORMER["num_layers"]
 
 
-@pytest.mark.parametrize("most_elements, files", [(10**9, 1), (100, 3)])
+@pytest.mark.parametrize("most, files", [(10**9, 1), (100, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_written_weights_are_read_back_by_safetensors(tmp_path, most_elements, files, dtype):
+def test_written_weights_are_read_back_by_safetensors(tmp_path, most, files, dtype):
     tensors = {"a": torch.randn(7, 3), "b": torch.randn(100), "scalar": torch.randn(()), "c": torch.randn(2, 2, 2)}
-    save_weights(tmp_path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__, dtype, most_elements * dtype.itemsize)
+    save_weights(tmp_path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__, dtype, most * dtype.itemsize)
     found = weight_files(tmp_path)
     assert found.keys() == tensors.keys() and len(set(found.values())) == files
     for name, file in found.items():
