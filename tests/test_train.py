@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dmd_ds.errors import UserError
-from dmd_ds.recipe import REPOSITORY, dump_recipe
+from dmd_ds.recipe import PACKAGE, REPOSITORY, dump_recipe
 from dmd_ds.trainer import check_inputs
 from tests.mini import make_dataset, make_recipe
 
@@ -56,7 +56,7 @@ def test_the_launcher_with_the_local_hostfile_trains_and_the_same_command_resume
     "arguments, message",
     [
         (["tinny"], "recipe 'tinny' is neither a YAML file nor one that ships"),
-        (["tiny", "generator.rl=1"], "unknown key generator.rl; did you mean 'generator.lr'?"),
+        (["tiny", "generator.rl=1"], f"{PACKAGE}/recipes/tiny.yaml: unknown key generator.rl; did you mean 'generator.lr'?"),
         (["tiny", "model.path=nowhere"], "model.path=nowhere: no such folder"),
     ],
 )
@@ -98,8 +98,21 @@ def test_another_number_of_ranks_is_refused_with_both_numbers(world, tmp_path):
     folder = tmp_path / "run" / "checkpoints" / "step_000009"
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(json.dumps({"step": 9, "world_size": 8}))
+    (folder / "recipe.yaml").write_text(dump_recipe(make_recipe(world)))
     (folder.parent / "latest").write_text("step_000009")
     refused(world, "was written by 8 ranks, this job has 1", output_dir=str(tmp_path / "run"))
+
+
+def test_a_resumed_run_keeps_its_recipe_but_for_how_long_it_runs(world, tmp_path):
+    folder = tmp_path / "run" / "checkpoints" / "step_000009"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"step": 9, "world_size": 1}))
+    (folder / "recipe.yaml").write_text(dump_recipe(make_recipe(world)))
+    (folder.parent / "latest").write_text("step_000009")
+    run = {"output_dir": str(tmp_path / "run")}
+    assert check_inputs(make_recipe(world, max_steps=20, **run)).first_step == 9
+    refused(world, r"seed=1: the run in .* was started with 0", seed=1, **run)
+    refused(world, r"fake_score.lora_rank=8: the run in .* was started with 4", fake_score={"lora_rank": 8}, **run)
 
 
 def test_the_entry_is_short_enough_to_read():

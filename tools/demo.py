@@ -87,17 +87,22 @@ def train(out: Path, data: Path, overrides: list[str], log: Path) -> None:
 
 
 def compare(student: Path, prompt_count: int, teacher_guidance: float) -> dict[str, Evaluation]:
-    """Teacher at 50 steps, the same at the student's steps, and the student, on the same prompts and seeds."""
+    """Teacher at 50 steps, undistilled and student at a few, on the same prompts and seeds.
+
+    Undistilled is the student before its first step, sampled as the student is, without guidance. With guidance, at twice the
+    evaluations, it is the harder baseline; the report has it too.
+    """
     prompts, reference_NF = caption_list(prompt_count), read_reference(REFERENCE)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher, distilled = VideoModel(TEACHER, device), VideoModel(str(student), device)
     few_step = distilled.settings.few_step
     teacher_settings = teacher.settings.changed(guidance=teacher_guidance)
-    undistilled_settings = teacher_settings.model_copy(update={"steps": few_step.steps, "few_step": few_step})
+    guided_settings = teacher_settings.model_copy(update={"steps": few_step.steps, "few_step": few_step})
     rows: dict[str, tuple[VideoModel, Settings]] = {
-        f"teacher {teacher_settings.steps} steps": (teacher, teacher_settings),
-        f"undistilled {few_step.steps} steps": (teacher, undistilled_settings),
-        f"student {few_step.steps} steps": (distilled, distilled.settings),
+        "teacher": (teacher, teacher_settings),
+        "undistilled": (teacher, guided_settings.model_copy(update={"guidance": 1.0})),
+        "undistilled_guided": (teacher, guided_settings),
+        "student": (distilled, distilled.settings),
     }
     evaluations = {}
     for name, (model, settings) in rows.items():
@@ -109,25 +114,25 @@ def compare(student: Path, prompt_count: int, teacher_guidance: float) -> dict[s
 def write_samples(folder: Path, evaluations: dict[str, Evaluation]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    videos = min(len(evaluation.videos) for evaluation in evaluations.values())
+    shown = {name: evaluations[name] for name in ("teacher", "undistilled", "student")}
+    videos = len(shown["student"].videos)
     places = [i * min(videos, len(moving_shapes.CAPTIONS)) // SHOWN for i in range(SHOWN)]
-    for name, evaluation in evaluations.items():
+    for name, evaluation in shown.items():
         for place in places:
             path = folder / f"{place:03d} {moving_shapes.CAPTIONS[place]}, {name}.mp4".replace(" ", "_").replace(",", "")
             write_video(path, evaluation.videos[place], moving_shapes.FPS)
-    sheet = contact_sheet([[evaluation.videos[place] for evaluation in evaluations.values()] for place in places])
+    sheet = contact_sheet([[evaluation.videos[place] for evaluation in shown.values()] for place in places])
     iio.imwrite(folder / "contact_sheet.png", sheet)
 
 
 def write_report(path: Path, evaluations: dict[str, Evaluation], prompt_count: int) -> None:
     """report.json: a row a model, and how much of the gap to the teacher the student closes."""
-    teacher, undistilled, student = (evaluation.numbers for evaluation in evaluations.values())
+    rows = {name: evaluation.numbers for name, evaluation in evaluations.items()}
+    teacher, undistilled, student = rows["teacher"], rows["undistilled"], rows["student"]
     floor = teacher["frechet"]  # these seeds are a second set of the guided teacher's videos; the reference is the first
     report = {
         "prompts": prompt_count,
-        "teacher": teacher,
-        "undistilled": undistilled,
-        "student": student,
+        **rows,
         "floor": floor,
         "gap_closed": (undistilled["frechet"] - student["frechet"]) / (undistilled["frechet"] - floor),
         "both_of_teacher": student["both"] / teacher["both"],
@@ -175,7 +180,12 @@ def demo(out: Path, prompt_count: int, clips_a_caption: int, overrides: list[str
 
     report = json.loads(report_file.read_text())
     steps = recipe.sampling.steps
-    titles = {"teacher": "teacher, 50 steps", "undistilled": f"undistilled, {steps} steps", "student": f"student, {steps} steps"}
+    titles = {
+        "teacher": "teacher, 50 steps",
+        "undistilled": f"undistilled, {steps} steps",
+        "undistilled_guided": f"undistilled, {steps} steps, guided",
+        "student": f"student, {steps} steps",
+    }
     print("\n" + table({title: report[row] for row, title in titles.items()}))
     print(
         f"\nthe student closes {report['gap_closed']:.0%} of the Fréchet gap between the undistilled model and the teacher "
