@@ -14,22 +14,26 @@ class UserError(ValueError):
     """Something the user handed over is wrong; the message names file, key or number, what was found and what was expected."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on for something that is not this process's fault; the message names what and where."""
+
+
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns a UserError into one line on stderr, and exit code 2.
+    """Turns a UserError into one line on stderr and exit code 2, a RunError into one line and exit code 1.
 
     Of several ranks that fail the first one speaks: the others wait a little, and a launcher that sees a rank end stops all
     of them. A rank that fails alone is still there after that, and says who and where it is.
     """
     try:
         yield
-    except UserError as error:
+    except (UserError, RunError) as error:
         rank = int(os.environ.get("RANK", 0))
         if rank:
             time.sleep(5)
         where = f" (rank {rank} on {socket.gethostname()})" if rank else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 def read_json(path: Path) -> Any:

@@ -33,8 +33,11 @@ class Data(Section):
 
 
 class Parallel(Section):
-    ulysses: Positive = 1
-    ring: Positive = 1
+    """How a sample's tokens are spread; the ranks of one sample sit on one machine. What is left over goes to data."""
+
+    ulysses: Positive = Field(1, description="ranks that share a sample by attention heads; divides their number")
+    ring: Positive = Field(1, description="times so many ranks that pass keys and values around")
+    join_timeout: Annotated[float, Field(gt=0)] = Field(300.0, description="seconds to wait for all ranks at the start")
 
 
 class Optimizer(Section):

@@ -13,6 +13,7 @@ import os
 import torch
 
 from dmd_ds.errors import one_line_errors
+from dmd_ds.parallel.mesh import joined
 from dmd_ds.recipe import load_recipe, shipped_recipes
 from dmd_ds.trainer import Trainer, check_inputs
 
@@ -47,7 +48,8 @@ def main() -> None:
         if speaks:
             print(inputs.summary(), flush=True)
         if not arguments.dry_run:
-            Trainer(inputs).train()
+            with joined(inputs.recipe.parallel) as mesh:
+                Trainer(inputs, mesh).train()
 
 
 if __name__ == "__main__":

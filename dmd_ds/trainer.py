@@ -12,8 +12,9 @@ from dmd_ds.data.latents import BatchOrder, LatentsDataset, pad_embeds
 from dmd_ds.distill.dmd2 import Batch, DMD2Engine
 from dmd_ds.errors import UserError
 from dmd_ds.monitor import Monitor
+from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.engine import complete_ds_config, gather_by_block, make_engine, read_ds_config, shard, sharded_build, training_dtype
-from dmd_ds.parallel.mesh import Mesh, make_mesh, world_size
+from dmd_ds.parallel.mesh import Mesh, check_degrees, world_size
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Optimizer, Recipe, dump_recipe
 from dmd_ds.sampler import few_step_sigmas
@@ -35,6 +36,13 @@ class Inputs:
     resume_from: Path | None
     first_step: int
 
+    def ranks(self) -> str:
+        ulysses, ring = self.recipe.parallel.ulysses, self.recipe.parallel.ring
+        a_sample = ulysses * ring
+        if a_sample == 1:
+            return f"{world_size()} ranks"
+        return f"{world_size()} ranks = data {world_size() // a_sample} x ulysses {ulysses} x ring {ring}; data {world_size() // a_sample}"
+
     def summary(self) -> str:
         config, recipe = self.transformer_config, self.recipe
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.dataset.buckets())
@@ -43,21 +51,18 @@ class Inputs:
             f"model {self.model}: {config['num_layers']} layers, {config['num_attention_heads']} heads of "
             f"{config['attention_head_dim']}\n"
             f"data {self.dataset.folder}: {len(self.dataset)} samples, latents {shapes}\n"
-            f"{world_size()} ranks x batch {recipe.data.batch_size}; steps {self.first_step} to {recipe.max_steps}, "
+            f"{self.ranks()} x batch {recipe.data.batch_size}; steps {self.first_step} to {recipe.max_steps}, "
             f"a generator update every {recipe.fake_score.updates_per_generator_update}; sigmas {sigmas}"
         )
 
 
 def check_inputs(recipe: Recipe) -> Inputs:
     """Finds everything the recipe names; `UserError` for what is missing or does not fit together."""
-    for name in ("ulysses", "ring"):
-        degree = getattr(recipe.parallel, name)
-        if degree != 1:
-            raise UserError(f"parallel.{name}={degree}: this version splits no sample over ranks; use 1")
     if recipe.score.sigma_min >= recipe.score.sigma_max:
         raise UserError(f"score.sigma_min={recipe.score.sigma_min} is not below score.sigma_max={recipe.score.sigma_max}")
     model = find_model(recipe.model.path)
     config = transformer_config(model)
+    check_degrees(recipe.parallel, config["num_attention_heads"])
     dataset = LatentsDataset(recipe.data.path)
     for shape in dataset.buckets():
         if shape[0] != config["in_channels"]:
@@ -82,19 +87,19 @@ def check_inputs(recipe: Recipe) -> Inputs:
     return Inputs(recipe, model, dataset, config, ds_configs, resume_from, first_step)
 
 
-def build_denoiser(inputs: Inputs, ds_config: dict) -> WanDenoiser:
+def build_denoiser(inputs: Inputs, ds_config: dict, sequence: SequenceParallel) -> WanDenoiser:
     """The model's denoiser, sharded over the ranks and loaded a tensor at a time."""
     transformer = sharded_build(ds_config, lambda: empty_transformer(inputs.transformer_config))
     renew_buffers(transformer)
     load_weights(transformer, inputs.model / "transformer", shard)
-    return WanDenoiser(transformer, inputs.recipe.activation_checkpointing)
+    return WanDenoiser(transformer, sequence, inputs.recipe.activation_checkpointing)
 
 
 class Trainer:
-    def __init__(self, inputs: Inputs):
+    def __init__(self, inputs: Inputs, mesh: Mesh):
         recipe = self.recipe = inputs.recipe
         self.run = Path(recipe.output_dir)
-        self.mesh: Mesh = make_mesh()
+        self.mesh = mesh
         if len(set(self.mesh.all_gather_objects(inputs.first_step))) > 1:
             raise UserError(f"output_dir={recipe.output_dir}: the nodes see different checkpoints there; it must be one folder for all")
         self.dataset = inputs.dataset
@@ -102,10 +107,11 @@ class Trainer:
         global_batch_size = recipe.data.batch_size * self.mesh.data_size
         self.order = BatchOrder(self.dataset.buckets(), global_batch_size, Randomness(recipe.seed))
 
-        score_model = build_denoiser(inputs, inputs.ds_configs["fake_score"])
+        sequence = SequenceParallel(self.mesh, training_dtype())
+        score_model = build_denoiser(inputs, inputs.ds_configs["fake_score"], sequence)
         torch.manual_seed(recipe.seed)  # the adapter's first weights, alike on all ranks
         score_model.add_adapter(recipe.fake_score.lora_rank, recipe.fake_score.lora_alpha)
-        generator = gather_by_block(build_denoiser(inputs, inputs.ds_configs["generator"]), WanTransformerBlock)
+        generator = gather_by_block(build_denoiser(inputs, inputs.ds_configs["generator"], sequence), WanTransformerBlock)
         self.engines = {
             "generator": make_engine(generator, inputs.ds_configs["generator"]),
             "fake_score": make_engine(score_model, inputs.ds_configs["fake_score"]),
@@ -137,7 +143,6 @@ class Trainer:
             metrics |= self.dmd2.fake_score_step(batch, step)
             self.after(step + 1, metrics)
         self.monitor.close()
-        dist.destroy_process_group()
 
     def after(self, step: int, metrics: dict[str, torch.Tensor | float]) -> None:
         """Logs, validates and saves, after `step` steps."""

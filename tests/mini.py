@@ -57,7 +57,7 @@ def make_pipeline(folder: Path) -> Path:
     return folder
 
 
-def make_dataset(folder: Path, samples: int = 7, shapes: tuple[tuple[int, ...], ...] = (LATENTS_SHAPE,)) -> Path:
+def make_dataset(folder: Path, samples: int = 7, shapes: tuple[tuple[int, ...], ...] = (LATENTS_SHAPE,), words: int = 3) -> Path:
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> torch.Tensor:
@@ -67,7 +67,7 @@ def make_dataset(folder: Path, samples: int = 7, shapes: tuple[tuple[int, ...], 
     for i in range(samples):
         shape = shapes[i % len(shapes)]
         size = {"frames": 4 * shape[1] - 3, "height": 8 * shape[2], "width": 8 * shape[3]}
-        writer.add(random(*shape), random(3 + i % 4, TEXT_WIDTH), caption=f"sample {i}", source=f"{i}.mp4", **size)
+        writer.add(random(*shape), random(words + i % 4, TEXT_WIDTH), caption=f"sample {i}", source=f"{i}.mp4", **size)
     writer.close()
     return folder
 

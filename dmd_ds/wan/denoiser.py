@@ -1,11 +1,13 @@
 """The Wan2.1 denoiser: diffusers' WanTransformer3DModel, driven block by block.
 
 Driving the blocks ourselves is what lets one forward serve several scores (a LoRA weight a sample), checkpoint exactly the
-blocks, and trim the text. Shape suffixes: B batch, C channels, T latent frames, H W latent height and width, L tokens, D width.
+blocks, trim the text, and spread a sample's tokens over ranks. Shape suffixes: B batch, C channels, T latent frames,
+H W latent height and width, L tokens, n tokens of this rank, N heads, D width.
 """
 
 import contextlib
 import math
+from typing import NamedTuple
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -31,6 +33,53 @@ def padding_bias(tokens: int, device: torch.device, dtype: torch.dtype) -> torch
     bias_L = torch.zeros(tokens, device=device, dtype=dtype)
     bias_L[-1] = math.log(TEXT_TOKENS - tokens + 1)
     return bias_L
+
+
+class WholeSequence:
+    """All tokens of a sample in one place, with no ranks about. `dmd_ds.parallel.attention.SequenceParallel` is the other kind."""
+
+    def shard(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's share of the tokens that lie along `dim`."""
+        return x
+
+    def gather(self, x_BnD: torch.Tensor, tokens: int) -> torch.Tensor:
+        """All `tokens` of their samples, `[B, L, D]`."""
+        return x_BnD
+
+    def attention(self, q_BnND: torch.Tensor, k_BnND: torch.Tensor, v_BnND: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Attention of this rank's queries to all `tokens` of their samples, `[B, n, N, D]`."""
+        return dispatch_attention_fn(q_BnND, k_BnND, v_BnND)
+
+
+WHOLE_SEQUENCE = WholeSequence()
+
+
+class Place(NamedTuple):
+    """Where this rank's tokens stand in their sample: rotary embedding `[1, n, 1, D]`, and how many tokens there are in all."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    tokens: int
+
+    def rotate(self, x_BnND: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding (Su et al. 2021) of queries or keys, on pairs of neighbouring channels."""
+        even, odd = x_BnND[..., 0::2], x_BnND[..., 1::2]
+        cos, sin = self.cos[..., 0::2], self.sin[..., 1::2]
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x_BnND)
+
+
+class SelfAttention:
+    """Attention processor of the video tokens among themselves; `rotary_emb` is a `Place`."""
+
+    def __init__(self, sequence: WholeSequence):
+        self.sequence = sequence
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb: Place):
+        query = rotary_emb.rotate(attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)))
+        key = rotary_emb.rotate(attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1)))
+        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        out = self.sequence.attention(query, key, value, rotary_emb.tokens)
+        return attn.to_out[0](out.flatten(2, 3).type_as(query))
 
 
 class CrossAttention:
@@ -77,15 +126,20 @@ class WanDenoiser(nn.Module):
     """Predicts the velocity of noised video latents.
 
     `transformer`: the diffusers model, whose weights and names stay as they are.
+    `sequence`: how the tokens of a sample are spread over ranks; latents come in and go out whole on each.
     `activation_checkpointing`: keep only each block's input for the backward and run the block again there.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel, activation_checkpointing: bool = False):
+    def __init__(
+        self, transformer: WanTransformer3DModel, sequence: WholeSequence = WHOLE_SEQUENCE, activation_checkpointing: bool = False
+    ):
         super().__init__()
         self.transformer = transformer
+        self.sequence = sequence
         self.activation_checkpointing = activation_checkpointing
         self.adapter_weight: AdapterWeight | None = None
         for block in transformer.blocks:
+            block.attn1.set_processor(SelfAttention(sequence))
             block.attn2.set_processor(CrossAttention())
 
     def add_adapter(self, rank: int, alpha: float) -> None:
@@ -112,25 +166,31 @@ class WanDenoiser(nn.Module):
         p_t, p_h, p_w = wan.config.patch_size
         T, H, W = (size // patch for size, patch in zip(x_BCTHW.shape[2:], (p_t, p_h, p_w), strict=True))
         dtype = wan.patch_embedding.weight.dtype
+        tokens = T * H * W
 
-        rotary = wan.rope(x_BCTHW)
-        hidden_BLD = wan.patch_embedding(x_BCTHW.to(dtype)).flatten(2).transpose(1, 2).contiguous()
+        cos, sin = (self.sequence.shard(table, dim=1) for table in wan.rope(x_BCTHW))
+        place = Place(cos, sin, tokens)
+        # [B, C, T p_t, H p_h, W p_w] -> [B, C, p_t, p_h, n, p_w]: this rank's patches side by side, as one strip of video
+        patches = x_BCTHW.to(dtype).unflatten(4, (W, p_w)).unflatten(3, (H, p_h)).unflatten(2, (T, p_t))
+        patches = self.sequence.shard(patches.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4, 6), dim=4)
+        hidden_BnD = wan.patch_embedding(patches.flatten(4, 5)).flatten(2).transpose(1, 2).contiguous()
         time_BD, modulation_BD, text_BLD, _ = wan.condition_embedder(1000.0 * sigma_B, prompt_embeds_BLD.to(dtype))
         modulation_B6D = modulation_BD.unflatten(1, (6, -1))
 
         for block in wan.blocks:
-            arguments = (block, hidden_BLD, text_BLD, modulation_B6D, rotary, adapter_weight_B)
+            arguments = (block, hidden_BnD, text_BLD, modulation_B6D, place, adapter_weight_B)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden_BLD = checkpoint(self._run_block, *arguments, use_reentrant=False)
+                hidden_BnD = checkpoint(self._run_block, *arguments, use_reentrant=False)
             else:
-                hidden_BLD = self._run_block(*arguments)
+                hidden_BnD = self._run_block(*arguments)
 
         shift_B1D, scale_B1D = (wan.scale_shift_table + time_BD[:, None].float()).chunk(2, dim=1)
-        hidden_BLD = (wan.norm_out(hidden_BLD.float()) * (1 + scale_B1D) + shift_B1D).to(dtype)
-        out = wan.proj_out(hidden_BLD).float().unflatten(1, (T, H, W)).unflatten(-1, (p_t, p_h, p_w, -1))
+        hidden_BnD = (wan.norm_out(hidden_BnD.float()) * (1 + scale_B1D) + shift_B1D).to(dtype)
+        out_BLD = self.sequence.gather(wan.proj_out(hidden_BnD).float(), tokens)
+        out = out_BLD.unflatten(1, (T, H, W)).unflatten(-1, (p_t, p_h, p_w, -1))
         # [B, T, H, W, p_t, p_h, p_w, C] -> [B, C, T p_t, H p_h, W p_w]
         return out.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _run_block(self, block, hidden_BLD, text_BLD, modulation_B6D, rotary, adapter_weight_B):
+    def _run_block(self, block, hidden_BnD, text_BLD, modulation_B6D, place, adapter_weight_B):
         with self.adapter_weight(adapter_weight_B) if self.adapter_weight else contextlib.nullcontext():
-            return block(hidden_BLD, text_BLD, modulation_B6D, rotary)
+            return block(hidden_BnD, text_BLD, modulation_B6D, place)

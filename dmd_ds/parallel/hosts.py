@@ -1,0 +1,155 @@
+"""Which machines a job runs on, whether all of its ranks have come, and which of them is gone.
+
+`deepspeed` hands the hosts of its hostfile to the process that starts a machine's ranks, as an argument; it is read there.
+Under another launcher the machines' own names stand in.
+"""
+
+import base64
+import binascii
+import contextlib
+import functools
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+
+import psutil
+import torch.distributed as dist
+
+from dmd_ds.errors import RunError, UserError
+
+Slots = dict[str, int]  # host -> ranks
+
+
+def argument(process: psutil.Process, name: str) -> str | None:
+    """The value of `--name value` or `--name=value` (or `-H value`) in a process's command line."""
+    words = process.cmdline()
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word in (f"--{name}", f"-{name}"):
+            return following
+        if word.startswith(f"--{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+@functools.cache
+def launched_slots() -> Slots | None:
+    """The hosts and the ranks on each that the deepspeed launcher was told of; None under another launcher."""
+    with contextlib.suppress(psutil.Error, ValueError, binascii.Error):
+        world_info = argument(psutil.Process().parent(), "world_info")
+        if world_info:
+            return {host: len(ranks) for host, ranks in json.loads(base64.urlsafe_b64decode(world_info)).items()}
+    return None
+
+
+def hostfile_slots() -> tuple[str, Slots] | None:
+    """The hostfile of the deepspeed command above this process, and what it offers; None where there is none to be seen."""
+    with contextlib.suppress(psutil.Error):
+        for ancestor in psutil.Process().parents():
+            path = argument(ancestor, "hostfile") or argument(ancestor, "H")
+            if path and os.path.isfile(os.path.join(ancestor.cwd(), path)):
+                with open(os.path.join(ancestor.cwd(), path)) as file:
+                    lines = [line.split("#")[0].split() for line in file]
+                return path, {words[0]: int(words[1].partition("=")[2]) for words in lines if len(words) > 1}
+    return None
+
+
+def check_slots() -> None:
+    """`UserError` when the command asks for more ranks on a host than its hostfile has slots there."""
+    launched, offered = launched_slots(), hostfile_slots()
+    if not launched or not offered:
+        return
+    path, slots = offered
+    for host, ranks in launched.items():
+        if host in slots and ranks > slots[host]:
+            raise UserError(f"{path}: {host} has {slots[host]} slots, {ranks} ranks were asked for there")
+
+
+def host_of_rank(rank: int) -> str:
+    """The host of a rank as the hostfile calls it; this machine's name under another launcher."""
+    for host, ranks in (launched_slots() or {}).items():
+        if rank < ranks:
+            return host
+        rank -= ranks
+    return socket.gethostname()
+
+
+def machine() -> str:
+    """What tells this machine from the others of the job: its place in the launcher's list, else its name."""
+    for name in ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID"):  # deepspeed, torchrun, srun
+        if name in os.environ:
+            return f"{name} {os.environ[name]}"
+    return socket.gethostname()
+
+
+class RollCall:
+    """Where the ranks of a job meet: a store on rank 0's machine, in which every rank counts up for as long as it lives."""
+
+    BEAT_S = 0.5
+    LISTEN_S = 8.0  # long enough for a rank that is busy, short enough for one who waits
+
+    def __init__(self, rank: int, world_size: int, timeout_s: float):
+        self.rank, self.world_size = rank, world_size
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            self.store = dist.TCPStore(address, port, world_size, rank == 0, timedelta(seconds=timeout_s), wait_for_workers=False)
+        except dist.DistError as error:
+            what = "cannot be opened" if rank == 0 else f"did not answer within {timeout_s:g} s"
+            raise UserError(f"{address}:{port}, where the ranks meet, {what}: {str(error).splitlines()[0]}") from error
+        threading.Thread(target=self._beat, name="roll call", daemon=True).start()
+        deadline = time.monotonic() + timeout_s
+        missing = range(world_size)
+        while missing := [rank for rank in missing if not self.store.check([self._key(rank)])]:
+            if time.monotonic() > deadline:
+                raise UserError(f"no answer within {timeout_s:g} s (parallel.join_timeout) from {self._named(missing)}")
+            time.sleep(0.2)
+
+    @staticmethod
+    def _key(rank: int) -> str:
+        return f"beat/{rank}"
+
+    def _beat(self) -> None:
+        store = self.store.clone()  # a connection of its own: the main thread may wait in the other
+        with contextlib.suppress(dist.DistError):  # rank 0 is gone, and the store with it
+            while True:
+                store.add(self._key(self.rank), 1)
+                time.sleep(self.BEAT_S)
+
+    def _named(self, ranks: Iterable[int]) -> str:
+        return ", ".join(f"rank {rank} on {host_of_rank(rank)}" for rank in ranks)
+
+    def lost(self) -> str:
+        """After a collective failed: names the ranks that no longer count up; empty when all do."""
+        try:
+            before = [self.store.add(self._key(rank), 0) for rank in range(self.world_size)]
+            time.sleep(self.LISTEN_S)
+            if self.store.check(["lost"]):  # who asked first has ended by now, and would be taken for lost
+                return self.store.get("lost").decode()
+            still = [rank for rank, count in enumerate(before) if self.store.add(self._key(rank), 0) == count]
+            if still:
+                self.store.set("lost", self._named(still))
+            return self._named(still)
+        except dist.DistError:
+            return self._named([0])
+
+
+def is_broken_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed, as opposed to anything on this rank."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+@contextlib.contextmanager
+def naming_the_lost(roll_call: RollCall):
+    """Turns the failure of a collective into a RunError that says which rank went away."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_broken_connection(error):
+            raise
+        lost = roll_call.lost()
+        if not lost:
+            raise
+        raise RunError(f"{lost} is gone, and the job with it; its own output says why, the same command resumes the run") from error

@@ -1,0 +1,59 @@
+"""What two runs are compared by: the numbers they logged and the weights they saved."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmd_ds.checkpoint import ZeroWeights
+from dmd_ds.recipe import Recipe
+from tests.mini import make_recipe
+
+EPSILON = 1e-6
+LOGGED = ("loss/dm", "grad_norm/generator", "loss/fake_score", "grad_norm/fake_score")
+
+
+def sharp_recipe(folder: Path, name: str, **changes) -> Recipe:
+    """A mini recipe under which a wrong gradient, norm or gather cannot hide."""
+    ds_config = folder / "gather_everything.json"  # the mini model is small enough to be kept whole: forbid that
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 3000}
+    # Adam's step for a gradient of 1e-9 is as large as for one of 1: an epsilon above the noise keeps the comparison meaningful
+    optimizer = {"type": "AdamW", "params": {"torch_adam": True, "eps": EPSILON}}
+    ds_config.write_text(json.dumps({"zero_optimization": zero, "optimizer": optimizer}))
+    sections = {
+        # clipping well below the norms there are, so that a wrong norm shows in the weights
+        "generator": {"lr": 1e-3, "warmup_steps": 1, "max_grad_norm": 0.05, "ds_config": str(ds_config)},
+        "fake_score": {
+            "lr": 1e-3, "warmup_steps": 2, "max_grad_norm": 0.2, "updates_per_generator_update": 2, "lora_rank": 4, "lora_alpha": 8,
+            "ds_config": str(ds_config),
+        },
+    }  # fmt: skip
+    return make_recipe(folder, **{"output_dir": str(folder / name), "max_steps": 4, "save_every": 2, **sections, **changes})
+
+
+def weights(recipe: Recipe, step: int, engine: str) -> dict[str, torch.Tensor]:
+    zero = ZeroWeights(Path(recipe.output_dir) / "checkpoints" / f"step_{step:06d}" / engine)
+    return {name: zero.read(name) for name in zero.shapes}
+
+
+def assert_same_numbers(lines: list[dict], others: list[dict], tolerance: float) -> None:
+    assert len(lines) == len(others) > 0
+    for line, other in zip(lines, others, strict=True):
+        for key in LOGGED:
+            assert (key in line) == (key in other)
+            if key in line:
+                assert line[key] == pytest.approx(other[key], rel=tolerance), key
+
+
+def assert_same_weights(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name].detach(), atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def assert_trained_as(recipe: Recipe, step: int, generator: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor]) -> None:
+    """A run's weights against those that plain PyTorch trained, by the names of the two models there."""
+    assert_same_weights(weights(recipe, step, "generator"), {f"transformer.{name}": w for name, w in generator.items()}, 1e-4)
+    trained = {name.replace(".fake_score.", ".default."): w for name, w in weights(recipe, step, "fake_score").items()}
+    assert_same_weights(trained, {f"transformer.{name}": w for name, w in adapter.items()}, 1e-4)
