@@ -12,7 +12,7 @@ from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Positive, Sampling, Section, explain
 from dmd_ds.sampler import Velocity, few_step_sigmas, few_step_x0, guided, scheduler_sample
 from dmd_ds.wan.autoencoder import SPACE_STRIDE, TIME_STRIDE, decode, load_autoencoder
-from dmd_ds.wan.denoiser import WanDenoiser
+from dmd_ds.wan.denoiser import WHOLE_SEQUENCE, WanDenoiser, WholeSequence
 from dmd_ds.wan.text import encode_prompts, load_text_encoder, padded_tokens
 from dmd_ds.wan.weights import find_model
 
@@ -67,18 +67,23 @@ def load_scheduler(folder: Path) -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler.from_pretrained(folder / "scheduler")
 
 
-class VideoModel:
-    """All parts of a folder, loaded."""
+def inference_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on accelerators, fp32 on the CPU."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
-    def __init__(self, path: str, device: torch.device):
+
+class VideoModel:
+    """All parts of a folder, loaded. `sequence`: how the tokens of a sample are spread over ranks, which then sample together."""
+
+    def __init__(self, path: str, device: torch.device, sequence: WholeSequence = WHOLE_SEQUENCE):
         self.folder = find_model(path)
         self.device = device
         self.settings = read_settings(self.folder)
         self.text = load_text_encoder(self.folder, device)
         self.vae = load_autoencoder(self.folder, device)
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.dtype = inference_dtype(device)
         transformer = WanTransformer3DModel.from_pretrained(self.folder / "transformer", torch_dtype=self.dtype)
-        self.denoiser = WanDenoiser(transformer).to(device).eval().requires_grad_(False)
+        self.denoiser = WanDenoiser(transformer, sequence).to(device).eval().requires_grad_(False)
 
     def latents_shape(self, settings: Settings) -> tuple[int, int, int, int]:
         """`[C, T, H, W]` of the latents of a video of that size; `UserError` for a size the model cannot make."""

@@ -6,9 +6,9 @@ and the samples of a batch go over what is left. ZeRO-3 shards over all ranks al
 
 import contextlib
 import dataclasses
-import logging
 import os
 import warnings
+from datetime import timedelta
 
 import deepspeed
 import torch
@@ -20,6 +20,8 @@ from yunchang.globals import PROCESS_GROUP, set_seq_parallel_pg
 from dmd_ds.errors import UserError
 from dmd_ds.parallel.hosts import RollCall, check_slots, host_of_rank, machine, naming_the_lost
 from dmd_ds.recipe import Parallel
+
+TIMEOUT = timedelta(minutes=30)  # of a collective; as long as the slowest of the ranks may take for a batch of videos
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,7 @@ def check_one_machine_a_sample(machines: list[str], size: int) -> None:
 @contextlib.contextmanager
 def importable_xfuser():
     """On a CPU build of torch xfuser 0.7 imports only while torch names a CUDA version; what it cannot use it need not tell."""
+    os.environ.setdefault("LOG_LEVEL", "warning")  # xfuser's, read at its import
     named, verbosity = torch.version.cuda, transformers.logging.get_verbosity()
     torch.version.cuda = named or "12.8"
     transformers.logging.set_verbosity_error()
@@ -115,7 +118,6 @@ def importable_xfuser():
     finally:
         torch.version.cuda = named
         transformers.logging.set_verbosity(verbosity)
-        logging.getLogger("xfuser").setLevel(logging.WARNING)
 
 
 def sample_groups(parallel: Parallel, rank: int, local_rank: int, size: int, backend: str) -> dict[str, dist.ProcessGroup]:
@@ -164,7 +166,7 @@ def joined(parallel: Parallel):
     backend = get_accelerator().communication_backend_name()
     roll_call = RollCall(rank, size, parallel.join_timeout)
     with naming_the_lost(roll_call):
-        dist.init_process_group(backend, store=dist.PrefixStore("world", roll_call.store), rank=rank, world_size=size)
+        dist.init_process_group(backend, timeout=TIMEOUT, store=dist.PrefixStore("world", roll_call.store), rank=rank, world_size=size)
         deepspeed.init_distributed(verbose=False)
         mesh = Mesh(
             rank=rank,

@@ -10,7 +10,8 @@ import torch
 from dmd_ds.data.video import read_video
 from dmd_ds.errors import UserError
 from dmd_ds.generation import VideoModel
-from dmd_ds.recipe import REPOSITORY
+from dmd_ds.parallel.mesh import joined
+from dmd_ds.recipe import REPOSITORY, Parallel
 from inference.generate import Job, generate, read_jobs
 
 
@@ -24,11 +25,17 @@ def settings(model):
     return model.settings.changed(steps=2, guidance=2.0, frames=5, height=32, width=32, fps=8)
 
 
+@pytest.fixture(scope="module")
+def alone():
+    with joined(Parallel()) as mesh:
+        yield mesh
+
+
 JOBS = [Job("a red circle", 1), Job("a red circle", 2), Job("../../a blue/square", 3), Job("", 4)]
 
 
-def test_every_prompt_gets_a_file_within_the_folder(model, settings, tmp_path):
-    assert generate(model, JOBS, tmp_path / "out", settings, batch_size=3, negative_prompt="") == 4
+def test_every_prompt_gets_a_file_within_the_folder(model, alone, settings, tmp_path):
+    assert generate(model, JOBS, tmp_path / "out", settings, batch_size=3, negative_prompt="", mesh=alone) == 4
     lines = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
     assert [(line["prompt"], line["seed"]) for line in lines] == [(job.prompt, job.seed) for job in JOBS]
     files = {path.name for path in (tmp_path / "out").iterdir()}
@@ -37,12 +44,12 @@ def test_every_prompt_gets_a_file_within_the_folder(model, settings, tmp_path):
     assert read_video(tmp_path / "out" / lines[0]["file"], 5, 32, 32, 8).shape == (5, 32, 32, 3)
 
 
-def test_a_second_run_makes_only_what_is_missing(model, settings, tmp_path):
-    generate(model, JOBS, tmp_path, settings, batch_size=4, negative_prompt="")
+def test_a_second_run_makes_only_what_is_missing(model, alone, settings, tmp_path):
+    generate(model, JOBS, tmp_path, settings, batch_size=4, negative_prompt="", mesh=alone)
     files = sorted(tmp_path.glob("*.mp4"))
     files[1].unlink()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.mp4")}
-    assert generate(model, JOBS, tmp_path, settings, batch_size=4, negative_prompt="") == 1
+    assert generate(model, JOBS, tmp_path, settings, batch_size=4, negative_prompt="", mesh=alone) == 1
     assert files[1].exists() and all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
