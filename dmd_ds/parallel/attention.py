@@ -108,13 +108,13 @@ class Ring(NamedTuple):
 
 
 class RingAttention(torch.autograd.Function):
-    """Attention of this rank's queries to the keys and values of all ranks of a ring, `[B, n, N, H]` each."""
+    """Attention of this rank's queries `[B, n, N, H]` to the keys and values `[2, B, n, N, H]` of all ranks of a ring."""
 
     @staticmethod
-    def forward(ctx, q_BnNH, k_BnNH, v_BnNH, ring: Ring):
+    def forward(ctx, q_BnNH, kv, ring: Ring):
         comm = RingComm(ring.group)
-        q_BnNH = q_BnNH.contiguous()
-        kv = own_kv = torch.stack((k_BnNH, v_BnNH))
+        q_BnNH, kv = q_BnNH.contiguous(), kv.contiguous()
+        own_kv = kv
         out = lse = None
         for hop in range(comm.world_size):
             last = hop + 1 == comm.world_size
@@ -161,8 +161,7 @@ class RingAttention(torch.autograd.Function):
                 keys.wait()
                 kv = arriving
         grads.wait()
-        dk, dv = arriving_dkv.to(kv.dtype)
-        return dq.to(q_BnNH.dtype), dk, dv, None
+        return dq.to(q_BnNH.dtype), arriving_dkv.to(kv.dtype), None
 
 
 # ---- a sample's tokens over its group ---------------------------------------------------------------------------------
@@ -215,13 +214,17 @@ class SequenceParallel:
     def attention(self, q_BnNH: torch.Tensor, k_BnNH: torch.Tensor, v_BnNH: torch.Tensor, tokens: int) -> torch.Tensor:
         """Attention of this rank's queries to all `tokens` of their samples, `[B, n, N, H]`."""
         mesh = self.mesh
+        if mesh.sequence_size == 1:
+            return dispatch_attention_fn(q_BnNH, k_BnNH, v_BnNH)
+        kv = torch.cat((k_BnNH, v_BnNH))
         if mesh.ulysses > 1:
-            qkv = SeqAllToAll4D.apply(mesh.ulysses_group, torch.cat((q_BnNH, k_BnNH, v_BnNH)), 2, 1)
-            q_BnNH, k_BnNH, v_BnNH = qkv.chunk(3)
+            q_BnNH = SeqAllToAll4D.apply(mesh.ulysses_group, q_BnNH, 2, 1)
+            kv = SeqAllToAll4D.apply(mesh.ulysses_group, kv, 2, 1)
+        kv = kv.unflatten(0, (2, -1))
         if mesh.ring > 1:
-            out_BnNH = RingAttention.apply(q_BnNH, k_BnNH, v_BnNH, Ring(mesh.ring_group, self.kernel, tokens))
+            out_BnNH = RingAttention.apply(q_BnNH, kv, Ring(mesh.ring_group, self.kernel, tokens))
         else:
-            out_BnNH = dispatch_attention_fn(q_BnNH, k_BnNH[:, :tokens], v_BnNH[:, :tokens])
+            out_BnNH = dispatch_attention_fn(q_BnNH, *kv[:, :, :tokens])
         if mesh.ulysses > 1:
             out_BnNH = SeqAllToAll4D.apply(mesh.ulysses_group, out_BnNH.contiguous(), 1, 2)
         return out_BnNH

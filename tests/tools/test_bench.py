@@ -1,0 +1,27 @@
+"""The bench counts what the closed forms say."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dmd_ds.recipe import REPOSITORY
+from tools.bench import HEAD_DIM, HEADS, Closed, run_layout, table
+
+
+def test_a_shared_sample_costs_what_the_closed_form_says():
+    alone, shared = run_layout(1, 1, 64), run_layout(2, 2, 64)
+    closed = Closed(64, HEADS * HEAD_DIM, ulysses=2, ring=2)
+    assert closed.forward == 4 * (4 * 64 * 256 / 4 + 2 * 64 * 256 / 2 / 2)
+    assert shared["forward"] == pytest.approx(closed.forward, rel=0.05)
+    assert shared["backward"] == pytest.approx(closed.backward, rel=0.05)
+    assert alone["forward"] == alone["backward"] == 0
+    assert shared["kept"] / alone["kept"] < 0.4  # a quarter, and the text, which is not shared: 8 tokens beside 64
+    row = {"ulysses": 2, "ring": 2, **shared, "kept_ratio": 1.0, "forward_ratio": 1.0, "backward_ratio": None}
+    assert json.loads(json.dumps(row)) == row and len(table([row]).splitlines()) == 2
+
+
+def test_tokens_that_would_be_padded_are_refused():
+    done = subprocess.run([sys.executable, "tools/bench.py", "sp", "--tokens", "66"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: --tokens 66: must divide by 4" in done.stderr
