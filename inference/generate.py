@@ -25,7 +25,7 @@ from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.mesh import Mesh, check_degrees, joined
 from dmd_ds.recipe import Parallel
 from dmd_ds.wan.autoencoder import decode
-from dmd_ds.wan.weights import find_model, transformer_config, weight_files
+from dmd_ds.wan.weights import find_model, stored_tensors, transformer_config
 
 GIVEN = {"steps": int, "guidance": float, "frames": int, "height": int, "width": int, "fps": float}  # options that override a model's own
 
@@ -71,7 +71,7 @@ def read_jobs(path: Path, seed: int) -> list[Job]:
 
 def fingerprint(folder: Path) -> str:
     """Tells the weights of one folder from others, at the same path or not, without reading them whole."""
-    files = sorted(set(weight_files(folder / "transformer").values()))
+    files = sorted({tensor.file for tensor in stored_tensors(folder / "transformer").values()})
     return json.dumps([str(folder)] + [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
 
 

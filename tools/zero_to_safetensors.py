@@ -12,16 +12,13 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-
 from dmd_ds import checkpoint
 from dmd_ds.checkpoint import ZeroWeights
 from dmd_ds.errors import UserError, one_line_errors
 from dmd_ds.generation import Settings, write_settings
 from dmd_ds.recipe import Recipe, load_recipe
 from dmd_ds.sampler import few_step_scheduler, few_step_sigmas
-from dmd_ds.wan.weights import find_model, save_weights, transformer_config, weight_files
+from dmd_ds.wan.weights import Spec, find_model, save_weights, stored_tensors, transformer_config
 
 PREFIX = "transformer."  # WanDenoiser's name for the diffusers model
 
@@ -33,13 +30,6 @@ def find_checkpoint(path: Path) -> Path:
     if newest is None:
         raise UserError(f"{path}: neither a checkpoint ({checkpoint.STATE} is missing) nor a run with one")
     return newest
-
-
-def stored_dtype(model: Path) -> torch.dtype:
-    """The type in which the base model's weights are stored: the student's are stored alike."""
-    name, file = next(iter(weight_files(model / "transformer").items()))
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name).dtype
 
 
 def model_card(recipe: Recipe, model: Path, state: dict) -> str:
@@ -75,9 +65,11 @@ def zero_to_safetensors(source: Path, out: Path, model: str | None = None, max_s
         raise UserError(f"{out}: exists already; name another folder or remove it")
     weights = ZeroWeights(folder / "generator")
     shapes = {name.removeprefix(PREFIX): shape for name, shape in weights.shapes.items()}
-    missing = weight_files(base / "transformer").keys() ^ shapes.keys()
+    of_base = stored_tensors(base / "transformer")
+    missing = of_base.keys() ^ shapes.keys()
     if missing:
         raise UserError(f"{folder / 'generator'}: its tensors are not those of {base}; {sorted(missing)[0]} is in one of them only")
+    specs = {name: Spec(shape, of_base[name].dtype) for name, shape in shapes.items()}  # stored as the base model's are
 
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -85,8 +77,7 @@ def zero_to_safetensors(source: Path, out: Path, model: str | None = None, max_s
     (unfinished / "transformer").mkdir()
     config = transformer_config(base)
     (unfinished / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    dtype = stored_dtype(base)
-    save_weights(unfinished / "transformer", shapes, lambda name: weights.read(PREFIX + name), dtype, int(max_shard_gb * 1e9))
+    save_weights(unfinished / "transformer", specs, lambda name: weights.read(PREFIX + name), int(max_shard_gb * 1e9))
 
     scheduler = few_step_scheduler(recipe.sampling)
     scheduler.save_pretrained(unfinished / "scheduler")

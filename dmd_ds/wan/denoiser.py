@@ -155,12 +155,13 @@ class WanDenoiser(nn.Module):
         sigma_B: torch.Tensor,
         prompt_embeds_BLD: torch.Tensor,
         adapter_weight_B: torch.Tensor | None = None,
+        guidance_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The velocity `[B, C, T, H, W]` in float32.
 
         `x_BCTHW`: noised latents; `sigma_B`: noise level in [0, 1]; `prompt_embeds_BLD`: text padded with zeros to 512
         tokens, or trimmed to fewer of which the last is padding. `adapter_weight_B`: how much of the LoRA each sample
-        sees (None: all of it).
+        sees (None: all of it). `guidance_B`: the guidance each sample asks for, of a guidance-embedded model.
         """
         wan = self.transformer
         p_t, p_h, p_w = wan.config.patch_size
@@ -174,8 +175,12 @@ class WanDenoiser(nn.Module):
         patches = x_BCTHW.to(dtype).unflatten(4, (W, p_w)).unflatten(3, (H, p_h)).unflatten(2, (T, p_t))
         patches = self.sequence.shard(patches.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4, 6), dim=4)
         hidden_BnD = wan.patch_embedding(patches.flatten(4, 5)).flatten(2).transpose(1, 2).contiguous()
-        time_BD, modulation_BD, text_BLD, _ = wan.condition_embedder(1000.0 * sigma_B, prompt_embeds_BLD.to(dtype))
-        modulation_B6D = modulation_BD.unflatten(1, (6, -1))
+        embedder = wan.condition_embedder
+        time_BD = embedder.time_embedder(embedder.timesteps_proj(1000.0 * sigma_B).to(dtype))
+        if guidance_B is not None:
+            time_BD = time_BD + embedder.guidance_embedder(embedder.timesteps_proj(1000.0 * guidance_B).to(dtype))
+        modulation_B6D = embedder.time_proj(embedder.act_fn(time_BD)).unflatten(1, (6, -1))
+        text_BLD = embedder.text_embedder(prompt_embeds_BLD.to(dtype))
 
         for block in wan.blocks:
             arguments = (block, hidden_BnD, text_BLD, modulation_B6D, place, adapter_weight_B)

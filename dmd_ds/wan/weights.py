@@ -3,10 +3,12 @@
 Weights out: safetensors written one tensor at a time.
 """
 
+import dataclasses
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -20,7 +22,8 @@ from dmd_ds.recipe import find_folder
 WEIGHTS = "diffusion_pytorch_model"
 STEMS = (WEIGHTS, "model")  # what diffusers and what transformers call their files
 INDEX = f"{WEIGHTS}.safetensors.index.json"
-TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 # ---- in ---------------------------------------------------------------------------------------------------------------
@@ -33,9 +36,7 @@ def find_model(path: str) -> Path:
         if not (folder / part).is_file():
             raise UserError(f"model.path={path}: {part} is missing from that folder")
     for part in ("transformer", "vae", "text_encoder"):
-        for file in sorted(set(weight_files(folder / part).values())):
-            if not file.is_file():
-                raise UserError(f"{file} is missing, though the index beside it names it")
+        stored_tensors(folder / part)
     return folder
 
 
@@ -60,88 +61,126 @@ def renew_buffers(transformer: WanTransformer3DModel) -> None:
         old.data = buffer.to(old.device)
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor, of a folder with one safetensors file or an index of several."""
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file, not yet read."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self) -> torch.Tensor:
+        try:
+            with safe_open(self.file, framework="pt") as opened:
+                return opened.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.file}: {self.name} cannot be read: {error}") from error
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file, by name."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not readable as safetensors: {error}") from error
+    for name, (_, kind) in found.items():
+        if kind not in TYPES:
+            raise UserError(f"{file}: {name} is stored as {kind}; this project reads {', '.join(TYPES)}")
+    return {name: Stored(file, name, shape, TYPES[kind]) for name, (shape, kind) in found.items()}
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """The tensors of a folder with one safetensors file or an index of several, by name."""
     for stem in STEMS:
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if single.is_file():
-            try:
-                with safe_open(single, framework="pt") as file:
-                    return dict.fromkeys(file.keys(), single)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{single}: not readable as safetensors: {error}") from error
+            return read_header(single)
         if index.is_file():
-            return {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+            named = read_json(index)["weight_map"]
+            missing = [file for file in sorted(set(named.values())) if not (folder / file).is_file()]
+            if missing:
+                raise UserError(f"{folder / missing[0]} is missing, though {index.name} names it")
+            found = {name: tensor for file in sorted(set(named.values())) for name, tensor in read_header(folder / file).items()}
+            absent = sorted(named.keys() - found.keys())
+            if absent:
+                raise UserError(f"{folder / named[absent[0]]}: {absent[0]} is not in it, though {index.name} says so")
+            return found
     raise UserError(f"{folder}: holds no weights ({' or '.join(f'{stem}.safetensors' for stem in STEMS)}, or its index)")
+
+
+def check_tensors(folder: Path, shapes: Mapping[str, Sequence[int]], stored: Mapping[str, Stored]) -> None:
+    """`UserError` unless the folder holds exactly these tensors, each of its shape."""
+    for problem, names in (("missing", shapes.keys() - stored.keys()), ("unknown", stored.keys() - shapes.keys())):
+        if names:
+            raise UserError(f"{folder}: {len(names)} {problem} tensors, the first is {sorted(names)[0]}")
+    for name, tensor in stored.items():
+        if tensor.shape != tuple(shapes[name]):
+            raise UserError(f"{tensor.file}: {name} is {list(tensor.shape)}, the configuration asks for {list(shapes[name])}")
 
 
 def load_weights(module: nn.Module, folder: Path, shard: Callable[[nn.Parameter, torch.Tensor], torch.Tensor]) -> None:
     """Fills the module from the folder, one tensor at a time; `shard` cuts a whole tensor to this rank's part."""
-    files = weight_files(folder)
-    parameters = dict(module.named_parameters())
-    for problem, names in (("missing", parameters.keys() - files.keys()), ("unknown", files.keys() - parameters.keys())):
-        if names:
-            raise UserError(f"{folder}: {len(names)} {problem} tensors, the first is {sorted(names)[0]}")
+    stored, parameters = stored_tensors(folder), dict(module.named_parameters())
+    check_tensors(folder, {name: parameter.ds_shape for name, parameter in parameters.items()}, stored)
     for name, parameter in parameters.items():
-        try:
-            with safe_open(files[name], framework="pt") as file:
-                whole = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{files[name]}: {name} cannot be read: {error}") from error
-        if tuple(whole.shape) != tuple(parameter.ds_shape):
-            raise UserError(f"{files[name]}: {name} is {list(whole.shape)}, the configuration asks for {list(parameter.ds_shape)}")
-        parameter.ds_tensor.data.copy_(shard(parameter, whole))
+        parameter.ds_tensor.data.copy_(shard(parameter, stored[name].read()))
 
 
 # ---- out --------------------------------------------------------------------------------------------------------------
 
 
-def write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterator[torch.Tensor]) -> None:
-    """One safetensors file, written a tensor at a time in the order of `shapes`; never more than one is held.
+class Spec(NamedTuple):
+    """What a tensor will be, before it is there."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, specs: Mapping[str, Spec], tensors: Iterator[torch.Tensor]) -> None:
+    """One safetensors file, written a tensor at a time in the order of `specs`; never more than one is held.
 
     The format: 8 bytes with the header's length, a JSON header of types, shapes and offsets, the tensors' bytes.
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
+    for name, spec in specs.items():
+        end = offset + spec.nbytes
+        header[name] = {"dtype": TYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(head)) + head)
-        for tensor in tensors:
-            file.write(tensor.detach().to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+        for tensor, spec in zip(tensors, specs.values(), strict=True):
+            file.write(tensor.detach().to(spec.dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def split_by_size(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, largest: int) -> Iterable[dict[str, tuple[int, ...]]]:
+def split_by_size(specs: Mapping[str, Spec], largest: int) -> Iterable[dict[str, Spec]]:
     """The tensors in files of at most `largest` bytes each (a larger tensor gets a file of its own)."""
     part, size = {}, 0
-    for name, shape in shapes.items():
-        bytes_ = torch.Size(shape).numel() * dtype.itemsize
-        if part and size + bytes_ > largest:
+    for name, spec in specs.items():
+        if part and size + spec.nbytes > largest:
             yield part
             part, size = {}, 0
-        part[name] = shape
-        size += bytes_
+        part[name] = spec
+        size += spec.nbytes
     yield part
 
 
-def save_weights(
-    folder: Path,
-    shapes: dict[str, tuple[int, ...]],
-    read: Callable[[str], torch.Tensor],
-    dtype: torch.dtype,
-    largest_file: int = 5 * 10**9,
-) -> None:
-    """Safetensors with diffusers' names: one file, or several with an index. `read` gives the tensor of a name."""
-    parts = list(split_by_size(shapes, dtype, largest_file))
+def save_weights(folder: Path, specs: Mapping[str, Spec], read: Callable[[str], torch.Tensor], largest_file: int = 5 * 10**9) -> None:
+    """Safetensors named as diffusers and Wan name theirs: one file, or several with an index. `read` gives the tensor of a name."""
+    parts = list(split_by_size(specs, largest_file))
     weight_map = {}
     for number, part in enumerate(parts, 1):
         name = f"{WEIGHTS}.safetensors" if len(parts) == 1 else f"{WEIGHTS}-{number:05d}-of-{len(parts):05d}.safetensors"
-        write_safetensors(folder / name, part, dtype, map(read, part))
+        write_safetensors(folder / name, part, map(read, part))
         weight_map |= dict.fromkeys(part, name)
     if len(parts) > 1:
-        total = sum(torch.Size(shape).numel() * dtype.itemsize for shape in shapes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

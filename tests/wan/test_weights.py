@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmd_ds.errors import UserError
-from dmd_ds.wan.weights import find_model, load_weights, renew_buffers, save_weights, transformer_config, weight_files
+from dmd_ds.wan.weights import Spec, find_model, load_weights, renew_buffers, save_weights, stored_tensors, transformer_config
 from tests.mini import TRANSFORMER, make_transformer
 
 
@@ -63,10 +63,10 @@ def test_a_truncated_or_missing_file_is_named(model):
     file = model / "transformer" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="diffusion_pytorch_model.safetensors: not readable"):
-        weight_files(model / "transformer")
+        stored_tensors(model / "transformer")
     file.unlink()
     with pytest.raises(UserError, match="holds no weights"):
-        weight_files(model / "transformer")
+        stored_tensors(model / "transformer")
 
 
 def test_a_folder_without_a_part_or_of_another_model_is_refused(model):
@@ -90,8 +90,10 @@ def test_the_rotary_tables_are_made_again_exactly():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_written_weights_are_read_back_by_safetensors(tmp_path, most, files, dtype):
     tensors = {"a": torch.randn(7, 3), "b": torch.randn(100), "scalar": torch.randn(()), "c": torch.randn(2, 2, 2)}
-    save_weights(tmp_path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__, dtype, most * dtype.itemsize)
-    found = weight_files(tmp_path)
-    assert found.keys() == tensors.keys() and len(set(found.values())) == files
-    for name, file in found.items():
-        assert torch.equal(load_file(file)[name], tensors[name].to(dtype))
+    specs = {name: Spec(tuple(t.shape), dtype) for name, t in tensors.items()}
+    save_weights(tmp_path, specs, tensors.__getitem__, most * dtype.itemsize)
+    found = stored_tensors(tmp_path)
+    assert found.keys() == tensors.keys() and len({tensor.file for tensor in found.values()}) == files
+    for name, tensor in found.items():
+        assert torch.equal(load_file(tensor.file)[name], tensors[name].to(dtype)) and torch.equal(tensor.read(), tensors[name].to(dtype))
+        assert (tensor.shape, tensor.dtype) == (tuple(tensors[name].shape), dtype)
