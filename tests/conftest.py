@@ -1,9 +1,20 @@
+from pathlib import Path
+
 import pytest
 
-from tests.mini import make_pipeline
+from tests.distributed.launch import train
+from tests.mini import make_pipeline, make_recipe
 
 
 @pytest.fixture(scope="session")
 def mini_model(tmp_path_factory):
     """A diffusers folder of the mini Wan; read only."""
     return make_pipeline(tmp_path_factory.mktemp("mini") / "model")
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """Two steps of the mini recipe on two ranks; its base model is `model` beside it. Read only."""
+    recipe = make_recipe(tmp_path_factory.mktemp("export"), max_steps=2, data={"batch_size": 1}, validation={"every": 2, "prompts": 3})
+    train(recipe, ranks=2)
+    return Path(recipe.output_dir)

@@ -11,12 +11,12 @@ the original's side, transformer/ on diffusers'. --fold-guidance makes a stock W
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import torch
 
 from dmd_ds.errors import UserError, one_line_errors, read_json
+from dmd_ds.export import whole_folder
 from dmd_ds.wan import original
 from dmd_ds.wan.guidance import FOLDED_INTO, add_guidance_embedding, folded_bias, has_guidance_embedding
 from dmd_ds.wan.original import GUIDANCE
@@ -66,8 +66,6 @@ def convert(source: Path, out: Path, guidance: float | None = None) -> Path:
     """Writes the folder and returns it; it has its final name only when it is whole."""
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
-    if out.exists():
-        raise UserError(f"{out}: exists already; name another folder or remove it")
     transformer = find_transformer(source)
     if transformer:
         config, stored = read_json(transformer / "config.json"), stored_tensors(transformer)
@@ -83,23 +81,17 @@ def convert(source: Path, out: Path, guidance: float | None = None) -> Path:
         staying, read = fold(stored, guidance, source)
     specs = {name: Spec(tensor.shape, tensor.dtype) for name, tensor in staying.items()}
 
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    with whole_folder(out) as folder:
         if transformer:
-            write(unfinished, original.original_config(config), {original.to_original(name): name for name in specs}, specs, read)
+            write(folder, original.original_config(config), {original.to_original(name): name for name in specs}, specs, read)
         else:
-            write(unfinished / "transformer", config, {name: name for name in specs}, specs, read)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from error
-    unfinished.rename(out)
+            (folder / "transformer").mkdir()
+            write(folder / "transformer", config, {name: name for name in specs}, specs, read)
     return out
 
 
 def write(folder: Path, config: dict, names: dict[str, str], specs: dict[str, Spec], read) -> None:
     """config.json and the weights; `names` gives diffusers' name for the one a tensor is written under."""
-    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_weights(folder, {new: specs[name] for new, name in names.items()}, lambda new: read(names[new]))
 

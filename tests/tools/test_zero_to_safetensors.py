@@ -13,29 +13,20 @@ from safetensors.torch import load_file
 
 from dmd_ds.checkpoint import ZeroWeights
 from dmd_ds.errors import UserError
+from dmd_ds.export import find_student, to_diffusers
 from dmd_ds.generation import VideoModel
 from dmd_ds.recipe import REPOSITORY
 from dmd_ds.sampler import few_step_sigmas, few_step_x0
 from dmd_ds.wan.denoiser import WanDenoiser
 from dmd_ds.wan.text import encode_prompts
-from tests.distributed.launch import train
-from tests.mini import make_recipe
-from tools.zero_to_safetensors import zero_to_safetensors
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """Two steps on two ranks."""
-    recipe = make_recipe(tmp_path_factory.mktemp("export"), max_steps=2, data={"batch_size": 1}, validation={"every": 2, "prompts": 3})
-    train(recipe, ranks=2)
-    return Path(recipe.output_dir)
-
-
-@pytest.fixture(scope="module")
 def student(run) -> Path:
-    return zero_to_safetensors(run, run.parent / "student")
+    to_diffusers(find_student(run), run.parent / "student")
+    return run.parent / "student"
 
 
 def test_the_folder_holds_the_trained_weights(run, student):
@@ -51,7 +42,8 @@ def test_the_folder_holds_the_trained_weights(run, student):
 
 
 def test_many_small_files_with_an_index_hold_the_same(run, student):
-    split = zero_to_safetensors(run, run.parent / "split", max_shard_gb=2e-5)
+    split = run.parent / "split"
+    to_diffusers(find_student(run), split, largest_file=20000)
     index = json.loads((split / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
     whole = load_file(student / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -110,7 +102,7 @@ def test_a_checkpoint_that_lacks_a_rank_is_refused_and_nothing_is_left(run, tmp_
     shutil.copytree(run / "checkpoints" / "step_000002", broken)
     (broken / "generator" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(UserError, match="1 rank files of 2"):
-        zero_to_safetensors(broken, tmp_path / "out")
+        to_diffusers(find_student(broken), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -124,5 +116,5 @@ def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(run, tmp_path):
 
     torch.save({"param_shapes": Attack()}, broken / "generator" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     with pytest.raises(UserError, match="model_states.pt: not readable"):
-        zero_to_safetensors(broken, tmp_path / "out")
+        to_diffusers(find_student(broken), tmp_path / "out")
     assert not (tmp_path / "ran").exists()

@@ -1,0 +1,194 @@
+"""A trained generator in the formats that others load: diffusers, original Wan2.1, ComfyUI, LoRA.
+
+From a ZeRO-3 checkpoint of any number of ranks, one tensor at a time. Each makes a folder with a model card in it, under
+its final name only when it is whole.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from dmd_ds import checkpoint
+from dmd_ds.checkpoint import ZeroWeights
+from dmd_ds.errors import UserError
+from dmd_ds.generation import Settings, write_settings
+from dmd_ds.recipe import Recipe, load_recipe
+from dmd_ds.sampler import few_step_scheduler, few_step_sigmas
+from dmd_ds.wan.original import original_config, to_original
+from dmd_ds.wan.weights import Spec, Stored, find_model, save_weights, stored_tensors, transformer_config, write_safetensors
+
+PREFIX = "transformer."  # WanDenoiser's name for the diffusers model
+ADAPTED = re.compile(r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0|add_[kv]_proj)|ffn\.net\.(0\.proj|2))\.(weight|bias)")
+EXACT_SVD = 2048  # matrices with a side up to this are decomposed exactly, larger ones at random (Halko et al. 2011)
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """A checkpoint's generator and what it was trained from; tensors go by diffusers' names."""
+
+    recipe: Recipe
+    state: dict
+    base: Path
+    base_tensors: dict[str, Stored]
+    weights: ZeroWeights
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Its tensors, stored in the types of the base model's."""
+        return {name: Spec(tensor.shape, tensor.dtype) for name, tensor in self.base_tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.weights.read(PREFIX + name)
+
+
+def find_student(source: Path, model: str | None = None) -> Student:
+    """Of a run's folder (its newest checkpoint) or of one checkpoint; `model` where the base is not at its old path any more."""
+    folder = source if (source / checkpoint.STATE).is_file() else checkpoint.latest(source)
+    if folder is None:
+        raise UserError(f"{source}: neither a checkpoint ({checkpoint.STATE} is missing) nor a run with one")
+    recipe = load_recipe(str(folder / checkpoint.RECIPE))
+    base = find_model(model or recipe.model.path)
+    weights, base_tensors = ZeroWeights(folder / "generator"), stored_tensors(base / "transformer")
+    strange = base_tensors.keys() ^ {name.removeprefix(PREFIX) for name in weights.shapes}
+    if strange:
+        raise UserError(f"{folder / 'generator'}: its tensors are not those of {base}; {min(strange)} is in one of them only")
+    return Student(recipe, checkpoint.read_state(folder), base, base_tensors, weights)
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when all is written and vanishes when it cannot be."""
+    if out.exists():
+        raise UserError(f"{out}: exists already; name another folder or remove it")
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def model_card(student: Student, use: str) -> str:
+    recipe, sampling, video = student.recipe, student.recipe.sampling, student.state["video"]
+    timesteps = ", ".join(f"{1000 * sigma:.0f}" for sigma in few_step_sigmas(sampling)[:-1])
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-video
+---
+# {student.base.name}, distilled to {sampling.steps} steps
+
+Distilled with DMD2 by dmd_ds from {recipe.model.path}; data {recipe.data.path}; {student.state["step"]} fake-score updates,
+a generator update every {recipe.fake_score.updates_per_generator_update}; the teacher's guidance of {recipe.score.guidance} is built in.
+
+{use}
+
+Trained on {video["frames"]} frames of {video["width"]}x{video["height"]}, shift {sampling.shift}: sampled in {sampling.steps} steps,
+without guidance, at the timesteps {timesteps}, noised afresh between them. The base model's licence holds for this one.
+"""
+
+
+def to_diffusers(student: Student, out: Path, largest_file: int = 5 * 10**9) -> None:
+    """A whole diffusers pipeline; its scheduler samples as the student was trained."""
+    video, recipe = student.state["video"], student.recipe
+    with whole_folder(out) as folder:
+        ours = {"transformer", "scheduler", "README.md"}
+        shutil.copytree(student.base, folder, ignore=lambda where, names: ours & set(names), dirs_exist_ok=True)
+        (folder / "transformer").mkdir()
+        config = transformer_config(student.base)
+        (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_weights(folder / "transformer", student.specs, student.read, largest_file)
+        scheduler = few_step_scheduler(recipe.sampling)
+        scheduler.save_pretrained(folder / "scheduler")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_settings(folder, Settings(steps=recipe.sampling.steps, guidance=1.0, few_step=recipe.sampling, **video))
+        size = f"height={video['height']}, width={video['width']}, num_frames={video['frames']}"
+        use = f"""    import torch
+    from diffusers import WanPipeline
+
+    pipeline = WanPipeline.from_pretrained(FOLDER)
+    video = pipeline(prompt, num_inference_steps={recipe.sampling.steps}, guidance_scale=1.0, {size}).frames[0]"""
+        (folder / "README.md").write_text(model_card(student, use))
+
+
+def to_wan(student: Student, out: Path, largest_file: int = 5 * 10**9) -> None:
+    """The denoiser as an original Wan2.1 folder has it: config.json and weights under the original names."""
+    names = {to_original(name): name for name in student.specs}
+    with whole_folder(out) as folder:
+        (folder / "config.json").write_text(json.dumps(original_config(transformer_config(student.base)), indent=2) + "\n")
+        specs = {new: student.specs[name] for new, name in names.items()}
+        save_weights(folder, specs, lambda new: student.read(names[new]), largest_file)
+        (folder / "README.md").write_text(model_card(student, "Put these files in the place of those of the original folder."))
+
+
+def to_comfyui(student: Student, out: Path) -> None:
+    """One file under the original names, for ComfyUI's models/diffusion_models."""
+    names = {to_original(name): name for name in student.specs}
+    with whole_folder(out) as folder:
+        specs = {new: student.specs[name] for new, name in names.items()}
+        write_safetensors(folder / f"{out.name}.safetensors", specs, (student.read(name) for name in names.values()))
+        (folder / "README.md").write_text(model_card(student, f"Put {out.name}.safetensors into ComfyUI/models/diffusion_models."))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraError:
+    """What a LoRA leaves of the difference to the base: shares of its norm, 0 is nothing."""
+
+    matrices: float  # of the adapted matrices, for want of rank
+    rest: float  # of all weights, because a LoRA does not reach them
+
+
+def low_rank(delta_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A `[r, in]`, B `[out, r]`), the best B A of this rank for a matrix `[out, in]`."""
+    if min(delta_OI.shape) <= EXACT_SVD:
+        U, S, Vh = torch.linalg.svd(delta_OI, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(delta_OI, q=rank + 16, niter=6)
+        Vh = V.T
+    root = S[:rank].sqrt()
+    return root[:, None] * Vh[:rank], U[:, :rank] * root
+
+
+def to_lora(student: Student, out: Path, rank: int = 64) -> LoraError:
+    """The difference to the base as a LoRA for diffusers' `load_lora_weights` and ComfyUI, by singular values."""
+    tensors: dict[str, torch.Tensor] = {}
+    of_matrices = missed = unreached = 0.0
+    for name, stored in student.base_tensors.items():
+        delta = student.read(name) - stored.read().float()
+        if not ADAPTED.fullmatch(name):
+            unreached += float(delta.square().sum())
+            continue
+        module, _, kind = to_original(name).rpartition(".")
+        key = f"diffusion_model.{module}"
+        if kind == "bias":
+            tensors[f"{key}.diff_b"] = delta.to(stored.dtype)
+            continue
+        A, B = low_rank(delta, rank)
+        of_matrices += float(delta.square().sum())
+        missed += float((delta - B @ A).square().sum())
+        tensors[f"{key}.lora_A.weight"] = A.to(stored.dtype).contiguous()
+        tensors[f"{key}.lora_B.weight"] = B.to(stored.dtype).contiguous()
+        tensors[f"{key}.alpha"] = torch.tensor(float(len(A)))
+    error = LoraError(math.sqrt(missed / of_matrices), math.sqrt(unreached / (of_matrices + unreached)))
+    with whole_folder(out) as folder:
+        save_file(tensors, folder / f"{out.name}.safetensors", metadata={"format": "pt"})
+        use = (
+            f"A LoRA of rank {rank} on {student.recipe.model.path}: `pipeline.load_lora_weights(FOLDER)`, or put it into "
+            f"ComfyUI/models/loras.\nIt leaves {error.matrices:.1%} of the norm of what training changed in the matrices; "
+            f"{error.rest:.1%} of all that changed lies outside."
+        )
+        (folder / "README.md").write_text(model_card(student, use))
+    return error

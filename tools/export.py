@@ -1,0 +1,40 @@
+#!/usr/bin/env python3
+"""Writes a trained generator in a format that others load.
+
+    python tools/export.py CHECKPOINT OUT --format diffusers|wan|comfyui|lora [--rank 64]
+
+diffusers: a whole pipeline. wan: config.json and weights under the original names. comfyui: one file for
+models/diffusion_models. lora: the difference to the base at a rank, for load_lora_weights and ComfyUI; prints what it leaves.
+"""
+
+import argparse
+from pathlib import Path
+
+from dmd_ds.errors import UserError, one_line_errors
+from dmd_ds.export import find_student, to_comfyui, to_diffusers, to_lora, to_wan
+
+FORMATS = {"diffusers": to_diffusers, "wan": to_wan, "comfyui": to_comfyui}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--format", choices=[*FORMATS, "lora"], default="diffusers")
+    parser.add_argument("--rank", type=int, default=64, help="of a LoRA (default: %(default)s)")
+    parser.add_argument("--model", help="the base model's folder, where it is not at the recipe's model.path any more")
+    a = parser.parse_args()
+    with one_line_errors():
+        if a.rank < 1:
+            raise UserError(f"--rank {a.rank}: must be at least 1")
+        student = find_student(a.checkpoint, a.model)
+        if a.format == "lora":
+            error = to_lora(student, a.out, a.rank)
+            print(f"left over: {error.matrices:.2%} of the change in the matrices, {error.rest:.2%} of all change is in other weights")
+        else:
+            FORMATS[a.format](student, a.out)
+        print(a.out)
+
+
+if __name__ == "__main__":
+    main()
