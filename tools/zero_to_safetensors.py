@@ -4,7 +4,8 @@
     python tools/zero_to_safetensors.py CHECKPOINT OUT
 
 CHECKPOINT is a run's folder (its newest checkpoint is taken) or one checkpoints/step_NNNNNN. OUT loads with
-diffusers.WanPipeline.from_pretrained; sample it with as many steps as it was trained for and guidance_scale=1.0.
+diffusers.WanPipeline.from_pretrained, or WanImageToVideoPipeline of an image-to-video model; sample it with as many steps as it
+was trained for and guidance_scale=1.0.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from dmd_ds.errors import UserError, one_line_errors
 from dmd_ds.generation import Settings, write_settings
 from dmd_ds.recipe import Recipe, load_recipe
 from dmd_ds.sampler import few_step_scheduler, few_step_sigmas
-from dmd_ds.wan.weights import find_model, save_weights, transformer_config, weight_files
+from dmd_ds.wan.weights import find_model, save_weights, takes_image, transformer_config, transformer_files
 
 PREFIX = "transformer."  # WanDenoiser's name for the diffusers model
 
@@ -37,18 +38,24 @@ def find_checkpoint(path: Path) -> Path:
 
 def stored_dtype(model: Path) -> torch.dtype:
     """The type in which the base model's weights are stored: the student's are stored alike."""
-    name, file = next(iter(weight_files(model / "transformer").items()))
+    name, file = next(iter(transformer_files(model / "transformer").items()))
     with safe_open(file, framework="pt") as opened:
         return opened.get_tensor(name).dtype
+
+
+def pipeline_class(model: Path) -> str:
+    return "WanImageToVideoPipeline" if takes_image(transformer_config(model)) else "WanPipeline"
 
 
 def model_card(recipe: Recipe, model: Path, state: dict) -> str:
     sampling, video = recipe.sampling, state["video"]
     size = f"height={video['height']}, width={video['width']}, num_frames={video['frames']}"
+    pipeline = pipeline_class(model)
+    takes = {"WanPipeline": "prompt", "WanImageToVideoPipeline": "image, prompt"}[pipeline]
     sigmas = ", ".join(f"{1000 * sigma:.0f}" for sigma in few_step_sigmas(sampling)[:-1])
     return f"""---
 library_name: diffusers
-pipeline_tag: text-to-video
+pipeline_tag: {"text-to-video" if pipeline == "WanPipeline" else "image-to-video"}
 ---
 # {model.name}, distilled to {sampling.steps} steps
 
@@ -56,10 +63,10 @@ Distilled with DMD2 by dmd_ds from {recipe.model.path}; data {recipe.data.path};
 a generator update every {recipe.fake_score.updates_per_generator_update}; the teacher's guidance of {recipe.score.guidance} is built in.
 
     import torch
-    from diffusers import WanPipeline
+    from diffusers import {pipeline}
 
-    pipeline = WanPipeline.from_pretrained(FOLDER)
-    video = pipeline(prompt, num_inference_steps={sampling.steps}, guidance_scale=1.0, {size}).frames[0]
+    pipeline = {pipeline}.from_pretrained(FOLDER)
+    video = pipeline({takes}, num_inference_steps={sampling.steps}, guidance_scale=1.0, {size}).frames[0]
 
 The scheduler in this folder gives the timesteps it was trained on, {sigmas}, and noises the sample afresh between them.
 The base model's licence holds for this one.
@@ -75,7 +82,7 @@ def zero_to_safetensors(source: Path, out: Path, model: str | None = None, max_s
         raise UserError(f"{out}: exists already; name another folder or remove it")
     weights = ZeroWeights(folder / "generator")
     shapes = {name.removeprefix(PREFIX): shape for name, shape in weights.shapes.items()}
-    missing = weight_files(base / "transformer").keys() ^ shapes.keys()
+    missing = transformer_files(base / "transformer").keys() ^ shapes.keys()
     if missing:
         raise UserError(f"{folder / 'generator'}: its tensors are not those of {base}; {sorted(missing)[0]} is in one of them only")
 
@@ -91,6 +98,7 @@ def zero_to_safetensors(source: Path, out: Path, model: str | None = None, max_s
     scheduler = few_step_scheduler(recipe.sampling)
     scheduler.save_pretrained(unfinished / "scheduler")
     index = json.loads((unfinished / "model_index.json").read_text())
+    index["_class_name"] = pipeline_class(base)
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     (unfinished / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     state = checkpoint.read_state(folder)

@@ -16,10 +16,12 @@ from torch import nn
 
 from dmd_ds.errors import UserError, read_json
 from dmd_ds.recipe import find_folder
+from dmd_ds.wan.autoencoder import TIME_STRIDE
 
 WEIGHTS = "diffusion_pytorch_model"
 STEMS = (WEIGHTS, "model")  # what diffusers and what transformers call their files
 INDEX = f"{WEIGHTS}.safetensors.index.json"
+UNUSED = "norm_added_q"  # in the published image-to-video folders, and in no model: diffusers passes it over too
 TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -29,10 +31,15 @@ TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"
 def find_model(path: str) -> Path:
     """The diffusers Wan folder that `model.path` names."""
     folder = find_folder("model.path", path, "model_index.json")
-    for part in ("transformer/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json"):
+    configs = ["transformer/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json"]
+    weights = ["transformer", "vae", "text_encoder"]
+    if (folder / configs[0]).is_file() and takes_image(transformer_config(folder)):
+        configs += ["image_encoder/config.json", "image_processor/preprocessor_config.json"]
+        weights.append("image_encoder")
+    for part in configs:
         if not (folder / part).is_file():
             raise UserError(f"model.path={path}: {part} is missing from that folder")
-    for part in ("transformer", "vae", "text_encoder"):
+    for part in weights:
         for file in sorted(set(weight_files(folder / part).values())):
             if not file.is_file():
                 raise UserError(f"{file} is missing, though the index beside it names it")
@@ -40,10 +47,25 @@ def find_model(path: str) -> Path:
 
 
 def transformer_config(model: Path) -> dict:
-    config = read_json(model / "transformer" / "config.json")
+    """Of a Wan2.1 text-to-video or image-to-video model; `UserError` for another."""
+    path = model / "transformer" / "config.json"
+    config = read_json(path)
     if config.get("_class_name") != "WanTransformer3DModel":
-        raise UserError(f"{model}/transformer/config.json: {config.get('_class_name')!r} is no WanTransformer3DModel")
+        raise UserError(f"{path}: {config.get('_class_name')!r} is no WanTransformer3DModel")
+    channels, latents = config["in_channels"], config["out_channels"]
+    # noised latents; then a mask of the frames that are given, and their latents
+    expected = latents + TIME_STRIDE + latents if takes_image(config) else latents
+    if channels != expected:
+        kind = "image-to-video" if takes_image(config) else "text-to-video"
+        raise UserError(f"{path}: in_channels={channels}, a Wan2.1 {kind} model of {latents} latent channels has {expected}")
+    if config.get("pos_embed_seq_len") is not None:
+        raise UserError(f"{path}: pos_embed_seq_len={config['pos_embed_seq_len']}, a first-and-last-frame model, which is not supported")
     return config
+
+
+def takes_image(config: dict) -> bool:
+    """Whether a transformer of this configuration is an image-to-video model; older files leave `image_dim` out."""
+    return config.get("image_dim") is not None
 
 
 def empty_transformer(config: dict) -> WanTransformer3DModel:
@@ -75,9 +97,14 @@ def weight_files(folder: Path) -> dict[str, Path]:
     raise UserError(f"{folder}: holds no weights ({' or '.join(f'{stem}.safetensors' for stem in STEMS)}, or its index)")
 
 
+def transformer_files(folder: Path) -> dict[str, Path]:
+    """Which file holds which tensor of a transformer."""
+    return {name: file for name, file in weight_files(folder).items() if UNUSED not in name}
+
+
 def load_weights(module: nn.Module, folder: Path, shard: Callable[[nn.Parameter, torch.Tensor], torch.Tensor]) -> None:
     """Fills the module from the folder, one tensor at a time; `shard` cuts a whole tensor to this rank's part."""
-    files = weight_files(folder)
+    files = transformer_files(folder)
     parameters = dict(module.named_parameters())
     for problem, names in (("missing", parameters.keys() - files.keys()), ("unknown", files.keys() - parameters.keys())):
         if names:
