@@ -66,7 +66,7 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
         raise UserError(f"{path}: no such file")
     try:
         with Image.open(path) as image:
-            picture_HW3 = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            picture_HW3 = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path}: not readable as an image: {error}") from error
     return fit(picture_HW3[None], height, width)[0]
