@@ -23,7 +23,16 @@ from dmd_ds.generation import Settings, write_settings
 from dmd_ds.recipe import Recipe, load_recipe
 from dmd_ds.sampler import few_step_scheduler, few_step_sigmas
 from dmd_ds.wan.original import original_config, to_original
-from dmd_ds.wan.weights import Spec, Stored, find_model, save_weights, stored_tensors, transformer_config, write_safetensors
+from dmd_ds.wan.weights import (
+    Spec,
+    Stored,
+    find_model,
+    save_weights,
+    takes_image,
+    transformer_config,
+    transformer_tensors,
+    write_safetensors,
+)
 
 PREFIX = "transformer."  # WanDenoiser's name for the diffusers model
 ADAPTED = re.compile(r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0|add_[kv]_proj)|ffn\.net\.(0\.proj|2))\.(weight|bias)")
@@ -56,7 +65,7 @@ def find_student(source: Path, model: str | None = None) -> Student:
         raise UserError(f"{source}: neither a checkpoint ({checkpoint.STATE} is missing) nor a run with one")
     recipe = load_recipe(str(folder / checkpoint.RECIPE))
     base = find_model(model or recipe.model.path)
-    weights, base_tensors = ZeroWeights(folder / "generator"), stored_tensors(base / "transformer")
+    weights, base_tensors = ZeroWeights(folder / "generator"), transformer_tensors(base / "transformer")
     strange = base_tensors.keys() ^ {name.removeprefix(PREFIX) for name in weights.shapes}
     if strange:
         raise UserError(f"{folder / 'generator'}: its tensors are not those of {base}; {min(strange)} is in one of them only")
@@ -80,12 +89,17 @@ def whole_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def pipeline_class(base: Path) -> str:
+    return "WanImageToVideoPipeline" if takes_image(transformer_config(base)) else "WanPipeline"
+
+
 def model_card(student: Student, use: str) -> str:
+    task = {"WanPipeline": "text-to-video", "WanImageToVideoPipeline": "image-to-video"}[pipeline_class(student.base)]
     recipe, sampling, video = student.recipe, student.recipe.sampling, student.state["video"]
     timesteps = ", ".join(f"{1000 * sigma:.0f}" for sigma in few_step_sigmas(sampling)[:-1])
     return f"""---
 library_name: diffusers
-pipeline_tag: text-to-video
+pipeline_tag: {task}
 ---
 # {student.base.name}, distilled to {sampling.steps} steps
 
@@ -112,15 +126,17 @@ def to_diffusers(student: Student, out: Path, largest_file: int = 5 * 10**9) -> 
         scheduler = few_step_scheduler(recipe.sampling)
         scheduler.save_pretrained(folder / "scheduler")
         index = json.loads((folder / "model_index.json").read_text())
+        index["_class_name"] = pipeline = pipeline_class(student.base)
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         write_settings(folder, Settings(steps=recipe.sampling.steps, guidance=1.0, few_step=recipe.sampling, **video))
         size = f"height={video['height']}, width={video['width']}, num_frames={video['frames']}"
+        takes = {"WanPipeline": "prompt", "WanImageToVideoPipeline": "image, prompt"}[pipeline]
         use = f"""    import torch
-    from diffusers import WanPipeline
+    from diffusers import {pipeline}
 
-    pipeline = WanPipeline.from_pretrained(FOLDER)
-    video = pipeline(prompt, num_inference_steps={recipe.sampling.steps}, guidance_scale=1.0, {size}).frames[0]"""
+    pipeline = {pipeline}.from_pretrained(FOLDER)
+    video = pipeline({takes}, num_inference_steps={recipe.sampling.steps}, guidance_scale=1.0, {size}).frames[0]"""
         (folder / "README.md").write_text(model_card(student, use))
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from pydantic import Field, ValidationError
@@ -12,9 +13,10 @@ from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Positive, Sampling, Section, explain
 from dmd_ds.sampler import Velocity, few_step_sigmas, few_step_x0, guided, scheduler_sample
 from dmd_ds.wan.autoencoder import SPACE_STRIDE, TIME_STRIDE, decode, load_autoencoder
-from dmd_ds.wan.denoiser import WHOLE_SEQUENCE, WanDenoiser, WholeSequence
+from dmd_ds.wan.denoiser import WHOLE_SEQUENCE, ImageCondition, WanDenoiser, WholeSequence
+from dmd_ds.wan.image import image_condition, load_image_encoder, show_first_frame
 from dmd_ds.wan.text import encode_prompts, load_text_encoder, padded_tokens
-from dmd_ds.wan.weights import find_model
+from dmd_ds.wan.weights import find_model, takes_image, transformer_config
 
 SETTINGS_FILE = "sampling.json"  # beside model_index.json, in the folders that this project writes
 
@@ -81,6 +83,7 @@ class VideoModel:
         self.settings = read_settings(self.folder)
         self.text = load_text_encoder(self.folder, device)
         self.vae = load_autoencoder(self.folder, device)
+        self.image_encoder = load_image_encoder(self.folder, device) if takes_image(transformer_config(self.folder)) else None
         self.dtype = inference_dtype(device)
         transformer = WanTransformer3DModel.from_pretrained(self.folder / "transformer", torch_dtype=self.dtype)
         self.denoiser = WanDenoiser(transformer, sequence).to(device).eval().requires_grad_(False)
@@ -100,16 +103,27 @@ class VideoModel:
             settings.width // SPACE_STRIDE,
         )
 
+    def condition(self, pictures: list[np.ndarray], settings: Settings) -> ImageCondition:
+        """What an image-to-video model is shown: a picture a video, uint8 `[height, width, 3]` of the settings' size."""
+        frames = [show_first_frame(self.image_encoder, self.vae, picture, settings.frames) for picture in pictures]
+        return image_condition(frames, self.device)
+
     @torch.no_grad()
-    def latents(self, prompts: list[str], seeds: list[int], settings: Settings, negative_prompt: str = "") -> torch.Tensor:
-        """Sampled latents `[B, C, T, H, W]`; each depends on its own prompt and seed alone, not on the batch."""
+    def latents(
+        self, prompts: list[str], seeds: list[int], settings: Settings, negative_prompt: str = "", image: ImageCondition | None = None
+    ) -> torch.Tensor:
+        """Sampled latents `[B, C, T, H, W]`; each depends on its own prompt, image and seed alone, not on the batch."""
+        if image is None and self.image_encoder is not None:
+            raise UserError(f"{self.folder}: an image-to-video model, which needs an image a video")
+        if image is not None and self.image_encoder is None:
+            raise UserError(f"{self.folder}: a text-to-video model, which takes no image")
         shape = self.latents_shape(settings)
         *conditional, unconditional = encode_prompts(self.text, [*prompts, negative_prompt])
         tokens = padded_tokens(max(len(embed) for embed in [*conditional, unconditional]), self.dtype)
 
         def velocity(embeds: list[torch.Tensor]) -> Velocity:
             padded = pad_embeds(embeds, tokens).to(self.device)
-            return lambda x, sigma_B: self.denoiser(x, sigma_B, padded)
+            return lambda x, sigma_B: self.denoiser(x, sigma_B, padded, image=image)
 
         def noise(k: int) -> torch.Tensor:
             draws = [Randomness(seed).normal(f"sample/{k}", 0, [0], shape) for seed in seeds]
@@ -120,6 +134,8 @@ class VideoModel:
             return few_step_x0(both, noise, few_step_sigmas(settings.few_step), settings.few_step.steps - 1)
         return scheduler_sample(both, load_scheduler(self.folder), settings.steps, noise(0))
 
-    def videos(self, prompts: list[str], seeds: list[int], settings: Settings, negative_prompt: str = "") -> torch.Tensor:
+    def videos(
+        self, prompts: list[str], seeds: list[int], settings: Settings, negative_prompt: str = "", image: ImageCondition | None = None
+    ) -> torch.Tensor:
         """uint8 `[B, T, H, W, 3]`."""
-        return decode(self.vae, self.latents(prompts, seeds, settings, negative_prompt))
+        return decode(self.vae, self.latents(prompts, seeds, settings, negative_prompt, image))

@@ -20,8 +20,9 @@ from dmd_ds.recipe import Optimizer, Recipe, dump_recipe
 from dmd_ds.sampler import few_step_sigmas
 from dmd_ds.validation import Validation
 from dmd_ds.wan.denoiser import WanDenoiser
+from dmd_ds.wan.image import condition_of
 from dmd_ds.wan.text import padded_tokens
-from dmd_ds.wan.weights import empty_transformer, find_model, load_weights, renew_buffers, transformer_config
+from dmd_ds.wan.weights import empty_transformer, find_model, load_weights, renew_buffers, takes_image, transformer_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Inputs:
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.dataset.buckets())
         sigmas = " ".join(f"{sigma:.3f}" for sigma in few_step_sigmas(recipe.sampling))
         return (
-            f"model {self.model}: {config['num_layers']} layers, {config['num_attention_heads']} heads of "
-            f"{config['attention_head_dim']}\n"
+            f"model {self.model}: {'image' if takes_image(config) else 'text'} to video, {config['num_layers']} layers, "
+            f"{config['num_attention_heads']} heads of {config['attention_head_dim']}\n"
             f"data {self.dataset.folder}: {len(self.dataset)} samples, latents {shapes}\n"
             f"{self.ranks()} x batch {recipe.data.batch_size}; steps {self.first_step} to {recipe.max_steps}, "
             f"a generator update every {recipe.fake_score.updates_per_generator_update}; sigmas {sigmas}"
@@ -65,8 +66,8 @@ def check_inputs(recipe: Recipe) -> Inputs:
     check_degrees(recipe.parallel, config["num_attention_heads"])
     dataset = LatentsDataset(recipe.data.path)
     for shape in dataset.buckets():
-        if shape[0] != config["in_channels"]:
-            raise UserError(f"data.path={recipe.data.path}: latents of {shape[0]} channels, model.path takes {config['in_channels']}")
+        if shape[0] != config["out_channels"]:
+            raise UserError(f"data.path={recipe.data.path}: latents of {shape[0]} channels, model.path takes {config['out_channels']}")
         for size, patch in zip(shape[1:], config["patch_size"], strict=True):
             if size % patch:
                 patches = config["patch_size"]
@@ -74,6 +75,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
     text_width = dataset.negative_embeds_LD.shape[1]
     if text_width != config["text_dim"]:
         raise UserError(f"data.path={recipe.data.path}: text of width {text_width}, model.path takes {config['text_dim']}")
+    check_images(recipe, dataset, config)
     sections: dict[str, Optimizer] = {"generator": recipe.generator, "fake_score": recipe.fake_score}
     ds_configs = {
         name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data.batch_size)
@@ -85,6 +87,20 @@ def check_inputs(recipe: Recipe) -> Inputs:
         checkpoint.check_same_recipe(resume_from, recipe)
         first_step = checkpoint.resumed_step(resume_from, world_size())
     return Inputs(recipe, model, dataset, config, ds_configs, resume_from, first_step)
+
+
+def check_images(recipe: Recipe, dataset: LatentsDataset, config: dict) -> None:
+    """Images in the data and a model that takes them, or neither."""
+    data, model = f"data.path={recipe.data.path}", f"model.path={recipe.model.path}"
+    if dataset.image_embeds_shape is None:
+        if takes_image(config):
+            raise UserError(f"{data}: made for text to video, {model} takes images too; encode the clips with that model")
+        return
+    if not takes_image(config):
+        raise UserError(f"{data}: made for image to video, {model} takes text alone; encode the clips with that model")
+    width = dataset.image_embeds_shape[1]
+    if width != config["image_dim"]:
+        raise UserError(f"{data}: images of width {width}, {model} takes {config['image_dim']}")
 
 
 def build_denoiser(inputs: Inputs, ds_config: dict, sequence: SequenceParallel) -> WanDenoiser:
@@ -131,8 +147,9 @@ class Trainer:
         """This rank's part of the step's global batch."""
         shape, indices = self.order(step)
         places = self.mesh.samples(self.recipe.data.batch_size)
-        embeds = [self.dataset.prompt_embeds(indices[place]) for place in places]
-        return Batch(places, pad_embeds(embeds, self.prompt_tokens).to(self.mesh.device), shape)
+        mine = [indices[place] for place in places]
+        embeds_BLD = pad_embeds([self.dataset.prompt_embeds(index) for index in mine], self.prompt_tokens)
+        return Batch(places, embeds_BLD.to(self.mesh.device), shape, condition_of(self.dataset, mine, self.mesh.device))
 
     def train(self) -> None:
         for step in range(self.first_step, self.recipe.max_steps):

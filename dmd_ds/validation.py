@@ -13,6 +13,7 @@ from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Recipe
 from dmd_ds.sampler import few_step_sigmas, few_step_x0
 from dmd_ds.wan.autoencoder import decode, load_autoencoder
+from dmd_ds.wan.image import condition_of
 
 
 class Validation:
@@ -28,12 +29,13 @@ class Validation:
         each = -(-len(chosen) // mesh.data_size)
         self.mine = [place % len(chosen) for place in mesh.samples(each)]
         self.prompt_embeds = pad_embeds([dataset.prompt_embeds(chosen[i]) for i in self.mine], prompt_tokens).to(mesh.device)
+        self.image = condition_of(dataset, [chosen[i] for i in self.mine], mesh.device)
 
     @torch.no_grad()
     def sample(self, generator: nn.Module, folder: Path) -> None:
         """Writes one mp4 a prompt and contact_sheet.png into the folder; all ranks call it."""
         latents = few_step_x0(
-            lambda x, sigma_B: generator(x, sigma_B, self.prompt_embeds),
+            lambda x, sigma_B: generator(x, sigma_B, self.prompt_embeds, image=self.image),
             lambda k: self.randomness.normal(f"validation/{k}", 0, self.mine, self.shape, self.mesh.device),
             self.sigmas,
             len(self.sigmas) - 2,

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Makes videos from a file of prompts.
+"""Makes videos from a file of prompts, and of images where the model takes them.
 
     python inference/generate.py --model outputs/demo/student --prompts prompts.txt --out videos [--seed N]
+    python inference/generate.py --model STUDENT --prompts prompts.txt --image first_frame.png --out videos
     deepspeed --num_gpus 8 inference/generate.py ... --ulysses 8     # the tokens of each video over 8 GPUs
 
-Prompts are lines of a .txt, or of a .jsonl: {"prompt": "...", "seed": 7}. Sample i has the seed N + i unless its line names
-one. A second run skips what is finished; manifest.jsonl says which file holds what.
+Prompts are lines of a .txt, or of a .jsonl: {"prompt": "...", "image": "a.png", "seed": 7}. Sample i has the seed N + i and
+the image of --image unless its line names one; images are relative to the .jsonl, scaled and cropped. A second run skips what
+is finished; manifest.jsonl says which file holds what.
 """
 
 import argparse
@@ -18,14 +20,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dmd_ds.checkpoint import write_whole
-from dmd_ds.data.video import write_video
+from dmd_ds.data.video import read_image, write_video
 from dmd_ds.errors import UserError, one_line_errors
-from dmd_ds.generation import Settings, VideoModel, inference_dtype
+from dmd_ds.generation import Settings, VideoModel, inference_dtype, read_settings
 from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.mesh import Mesh, check_degrees, joined
 from dmd_ds.recipe import Parallel
 from dmd_ds.wan.autoencoder import decode
-from dmd_ds.wan.weights import find_model, stored_tensors, transformer_config
+from dmd_ds.wan.weights import find_model, stored_tensors, takes_image, transformer_config
 
 GIVEN = {"steps": int, "guidance": float, "frames": int, "height": int, "width": int, "fps": float}  # options that override a model's own
 
@@ -34,15 +36,21 @@ GIVEN = {"steps": int, "guidance": float, "frames": int, "height": int, "width":
 class Job:
     prompt: str
     seed: int
+    image: Path | None = None
 
     def name(self, index: int, settings: Settings, model: str, negative_prompt: str) -> str:
-        """A file name that no other prompt, seed, model or setting shares, made of harmless letters."""
+        """A file name that no other prompt, seed, image, model or setting shares, made of harmless letters."""
         slug = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:60]
-        key = json.dumps([self.prompt, self.seed, model, settings.model_dump(), negative_prompt])
+        shown = [] if self.image is None else [hashlib.sha256(self.image.read_bytes()).hexdigest()]
+        key = json.dumps([self.prompt, self.seed, model, settings.model_dump(), negative_prompt, *shown])
         return f"{index:05d}-{slug}-{hashlib.sha256(key.encode()).hexdigest()[:10]}.mp4"
 
+    def record(self) -> dict:
+        """What the manifest says of it."""
+        return {"prompt": self.prompt, "seed": self.seed} | ({} if self.image is None else {"image": str(self.image)})
 
-def read_jobs(path: Path, seed: int) -> list[Job]:
+
+def read_jobs(path: Path, seed: int, image: Path | None = None) -> list[Job]:
     """The prompts of a txt or jsonl file; `UserError` names the line."""
     if not path.is_file():
         raise UserError(f"--prompts {path}: no such file")
@@ -53,7 +61,7 @@ def read_jobs(path: Path, seed: int) -> list[Job]:
     if not lines:
         raise UserError(f"{path}: holds no prompt")
     if path.suffix != ".jsonl":
-        return [Job(line, seed + i) for i, (_, line) in enumerate(lines)]
+        return [Job(line, seed + i, image) for i, (_, line) in enumerate(lines)]
     jobs = []
     for i, (number, line) in enumerate(lines):
         try:
@@ -61,12 +69,26 @@ def read_jobs(path: Path, seed: int) -> list[Job]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: not readable as JSON: {error.msg}") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise UserError(f'{path}:{number}: a line reads {{"prompt": "...", "seed": 7}}')
+            raise UserError(f'{path}:{number}: a line reads {{"prompt": "...", "image": "a.png", "seed": 7}}, the last two if wanted')
         own_seed = record.get("seed", seed + i)
         if not isinstance(own_seed, int) or isinstance(own_seed, bool):
             raise UserError(f"{path}:{number}: seed={own_seed!r} is not a whole number")
-        jobs.append(Job(record["prompt"], own_seed))
+        own_image = record.get("image")
+        if not (own_image is None or isinstance(own_image, str)):
+            raise UserError(f"{path}:{number}: image={own_image!r} is not a file's name")
+        jobs.append(Job(record["prompt"], own_seed, image if own_image is None else path.parent / own_image))
     return jobs
+
+
+def check_images(jobs: list[Job], model: str, config: dict, settings: Settings) -> None:
+    """A readable image for each job of a model that takes them, and for none of another."""
+    for number, job in enumerate(jobs, 1):
+        if job.image is None and takes_image(config):
+            raise UserError(f'prompt {number}: --model {model} needs an image; give --image FILE, or "image" in its line')
+        if job.image is not None and not takes_image(config):
+            raise UserError(f"{job.image}: --model {model} makes videos from text and takes no image")
+    for image in {job.image for job in jobs if job.image is not None}:
+        read_image(image, settings.height, settings.width)
 
 
 def fingerprint(folder: Path) -> str:
@@ -86,14 +108,16 @@ def generate(model: VideoModel, jobs: list[Job], out: Path, settings: Settings, 
     starts = range(mesh.data_rank * batch_size, len(todo), mesh.data_size * batch_size)
     for start in tqdm(starts, desc="generating", unit="batch", disable=not mesh.is_first):
         part = todo[start : start + batch_size]
-        latents = model.latents([job.prompt for _, job in part], [job.seed for _, job in part], settings, negative_prompt)
+        pictures = [read_image(job.image, settings.height, settings.width) for _, job in part if job.image is not None]
+        shown = model.condition(pictures, settings) if pictures else None
+        latents = model.latents([job.prompt for _, job in part], [job.seed for _, job in part], settings, negative_prompt, shown)
         if mesh.leads_sample:
             for (name, _), video in zip(part, decode(model.vae, latents).numpy(), strict=True):
                 write_video(out / name, video, settings.fps)
     mesh.barrier()
     if mesh.is_first:
         shared = {"model": str(model.folder), "negative_prompt": negative_prompt, **settings.model_dump()}
-        records = {name: {"file": name, "prompt": job.prompt, "seed": job.seed, **shared} for name, job in zip(names, jobs, strict=True)}
+        records = {name: {"file": name, **job.record(), **shared} for name, job in zip(names, jobs, strict=True)}
         write_manifest(out / "manifest.jsonl", records)
     return len(todo)
 
@@ -109,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="diffusers Wan folder, student or teacher, or the name of a shipped one")
     parser.add_argument("--prompts", required=True, type=Path)
+    parser.add_argument("--image", type=Path, help="the first frame, for an image-to-video model")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=1)
@@ -123,12 +148,15 @@ def main() -> None:
         for name in ("batch_size", "ulysses", "ring"):
             if getattr(a, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be at least 1")
-        jobs = read_jobs(a.prompts, a.seed)
+        jobs = read_jobs(a.prompts, a.seed, a.image)
         parallel = Parallel(ulysses=a.ulysses, ring=a.ring)
-        check_degrees(parallel, transformer_config(find_model(a.model))["num_attention_heads"])
+        folder = find_model(a.model)
+        config = transformer_config(folder)
+        check_degrees(parallel, config["num_attention_heads"])
+        settings = read_settings(folder).changed(**{name: getattr(a, name) for name in GIVEN})
+        check_images(jobs, a.model, config, settings)
         with joined(parallel) as mesh:
             model = VideoModel(a.model, mesh.device, SequenceParallel(mesh, inference_dtype(mesh.device)))
-            settings = model.settings.changed(**{name: getattr(a, name) for name in GIVEN})
             if settings.few_step and settings.steps != settings.few_step.steps:
                 raise UserError(f"--steps {settings.steps}: {a.model} was distilled for {settings.few_step.steps} steps")
             model.latents_shape(settings)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.launch import train
-from tests.mini import make_pipeline, make_recipe
+from tests.mini import make_image_pipeline, make_pipeline, make_recipe
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +18,8 @@ def run(tmp_path_factory) -> Path:
     recipe = make_recipe(tmp_path_factory.mktemp("export"), max_steps=2, data={"batch_size": 1}, validation={"every": 2, "prompts": 3})
     train(recipe, ranks=2)
     return Path(recipe.output_dir)
+
+
+def mini_image_model(tmp_path_factory):
+    """A diffusers folder of the mini image-to-video Wan; read only."""
+    return make_image_pipeline(tmp_path_factory.mktemp("mini_image") / "model")

@@ -11,7 +11,7 @@ import pytest
 from dmd_ds.errors import UserError
 from dmd_ds.recipe import PACKAGE, REPOSITORY, dump_recipe
 from dmd_ds.trainer import check_inputs
-from tests.mini import make_dataset, make_recipe
+from tests.mini import IMAGE_EMBEDS_SHAPE, make_dataset, make_recipe
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,16 @@ def test_inputs_that_do_not_fit_together_are_refused_with_both_numbers(world, tm
     refused(world, "latents of 3 channels, model.path takes 4", data={"path": str(channels)})
     odd = make_dataset(tmp_path / "odd", shapes=((4, 2, 5, 4),))
     refused(world, r"latents \[2, 5, 4\] do not divide into patches \[1, 2, 2\]", data={"path": str(odd)})
+
+
+def test_images_in_the_data_and_a_model_without_and_the_reverse_are_refused(world, mini_image_model, tmp_path):
+    data = make_dataset(tmp_path / "images", image_embeds_shape=IMAGE_EMBEDS_SHAPE)
+    other = make_dataset(tmp_path / "other", image_embeds_shape=(5, 21))
+    model = {"path": str(mini_image_model)}
+    refused(world, "data.path=.*: made for image to video, model.path=.* takes text alone", data={"path": str(data)})
+    refused(world, "data.path=.*: made for text to video, model.path=.* takes images too", model=model)
+    refused(world, "data.path=.*: images of width 21, model.path=.* takes 20", model=model, data={"path": str(other)})
+    assert "image to video, 2 layers" in check_inputs(make_recipe(world, model=model, data={"path": str(data)})).summary()
 
 
 def test_a_ds_config_that_is_no_json_or_not_stage_3_names_file_and_line(world, tmp_path):

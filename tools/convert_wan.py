@@ -20,7 +20,7 @@ from dmd_ds.export import whole_folder
 from dmd_ds.wan import original
 from dmd_ds.wan.guidance import FOLDED_INTO, add_guidance_embedding, folded_bias, has_guidance_embedding
 from dmd_ds.wan.original import GUIDANCE
-from dmd_ds.wan.weights import Spec, Stored, check_tensors, empty_transformer, save_weights, stored_tensors
+from dmd_ds.wan.weights import Spec, Stored, check_tensors, empty_transformer, save_weights, stored_tensors, transformer_tensors
 
 
 def read_original(folder: Path) -> tuple[dict, dict[str, Stored]]:
@@ -68,7 +68,7 @@ def convert(source: Path, out: Path, guidance: float | None = None) -> Path:
         raise UserError(f"{source}: no such folder")
     transformer = find_transformer(source)
     if transformer:
-        config, stored = read_json(transformer / "config.json"), stored_tensors(transformer)
+        config, stored = read_json(transformer / "config.json"), transformer_tensors(transformer)
     else:
         config, stored = read_original(source)
     check_whole(source, config, stored)

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Turns video files with captions into a latents dataset: VAE latents, text embeddings, metadata.
 
+For an image-to-video MODEL also what it is shown of each clip's first frame.
+
     python tools/encode_videos.py CLIPS OUT --model MODEL --frames 81 --height 480 --width 832 --fps 16
 
 CLIPS is one of
@@ -24,8 +26,9 @@ from dmd_ds.data.latents import LatentsWriter
 from dmd_ds.data.video import read_video
 from dmd_ds.errors import UserError, one_line_errors
 from dmd_ds.wan.autoencoder import SPACE_STRIDE, TIME_STRIDE, encode, load_autoencoder
+from dmd_ds.wan.image import load_image_encoder, show_first_frame
 from dmd_ds.wan.text import encode_prompts, load_text_encoder
-from dmd_ds.wan.weights import find_model, transformer_config
+from dmd_ds.wan.weights import find_model, takes_image, transformer_config
 
 VIDEO_ENDINGS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"}
 
@@ -106,7 +109,9 @@ def encode_videos(source: Path, out: Path, model: Path, frames: int, height: int
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already; name another folder or remove it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stored = torch.bfloat16 if device.type == "cuda" else torch.float32
     vae, text = load_autoencoder(model, device), load_text_encoder(model, device)
+    image_encoder = load_image_encoder(model, device) if takes_image(transformer_config(model)) else None
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     writer = LatentsWriter(unfinished, fps, encode_prompts(text, [negative])[0])
@@ -120,10 +125,13 @@ def encode_videos(source: Path, out: Path, model: Path, frames: int, height: int
         if clip.caption not in embeds:
             embeds[clip.caption] = encode_prompts(text, [clip.caption])[0]
         pixels = torch.from_numpy(video_THW3).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        latents = encode(vae, pixels)[0].to(torch.bfloat16 if device.type == "cuda" else torch.float32).cpu()
+        first_frame = None
+        if image_encoder:
+            first_frame = show_first_frame(image_encoder, vae, video_THW3[0], len(video_THW3)).to(stored)
         writer.add(
-            latents,
+            encode(vae, pixels)[0].to(stored).cpu(),
             embeds[clip.caption],
+            first_frame,
             caption=clip.caption,
             source=clip.path.name,
             frames=len(video_THW3),

@@ -4,8 +4,8 @@
     python tools/zero_to_safetensors.py CHECKPOINT OUT
 
 CHECKPOINT is a run's folder (its newest checkpoint is taken) or one checkpoints/step_NNNNNN. OUT loads with
-diffusers.WanPipeline.from_pretrained; sample it with as many steps as it was trained for and guidance_scale=1.0.
-For other formats see tools/export.py.
+diffusers.WanPipeline.from_pretrained, or WanImageToVideoPipeline of an image-to-video model; sample it with as many steps as it
+was trained for and guidance_scale=1.0. For other formats see tools/export.py.
 """
 
 import argparse

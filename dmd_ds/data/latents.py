@@ -1,7 +1,9 @@
 """A latents dataset: what tools/encode_videos.py writes and training reads.
 
-    index.json            format, frames a second, the shards and how many samples each holds
-    shard-00000.safetensors   for each sample i: `{i}.latents` [C, T, H, W] and `{i}.prompt_embeds` [L, D], without padding
+    index.json            format, frames a second, the shards and how many samples each holds; for image to video also
+                          `image_embeds_shape`, [L, D]
+    shard-00000.safetensors   for each sample i: `{i}.latents` [C, T, H, W] and `{i}.prompt_embeds` [L, D], without padding;
+                          for image to video also `{i}.first_frame_latents` [C, T, H, W] and `{i}.image_embeds` [L, D]
     shard-00000.jsonl     for each sample, a line: caption, source, frames, height, width, latents_shape, prompt_tokens
 
 Samples of one latents shape form a bucket; a global batch is of one bucket, so that every rank does the same work.
@@ -23,6 +25,17 @@ from dmd_ds.recipe import find_folder
 
 FORMAT = "dmd_ds latents 1"
 INDEX = "index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstFrame:
+    """A sample's first frame, as an image-to-video model is shown it."""
+
+    latents: torch.Tensor  # [C, T, H, W]: of the frame and grey ones behind it
+    embeds: torch.Tensor  # [L, D]: what CLIP sees
+
+    def to(self, dtype: torch.dtype) -> "FirstFrame":
+        return FirstFrame(self.latents.to(dtype), self.embeds.to(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +63,17 @@ class LatentsWriter:
         self.tensors: dict[str, torch.Tensor] = {}
         self.lines: list[dict[str, Any]] = []
         self.shards: list[dict[str, Any]] = []
+        self.image_embeds_shape: list[int] | None = None
 
-    def add(self, latents_CTHW: torch.Tensor, prompt_embeds_LD: torch.Tensor, **about: Any) -> None:
+    def add(self, latents_CTHW: torch.Tensor, prompt_embeds_LD: torch.Tensor, first_frame: FirstFrame | None = None, **about: Any) -> None:
+        """One sample; `first_frame` for all of a dataset or for none."""
         number = len(self.lines)
+        shape = None if first_frame is None else list(first_frame.embeds.shape)
+        assert shape == self.image_embeds_shape or not (self.lines or self.shards)
+        self.image_embeds_shape = shape
+        if first_frame is not None:
+            self.tensors[f"{number}.first_frame_latents"] = first_frame.latents.contiguous()
+            self.tensors[f"{number}.image_embeds"] = first_frame.embeds.contiguous()
         self.tensors[f"{number}.latents"] = latents_CTHW.contiguous()
         # a copy: clips may share a caption, and safetensors refuses tensors that share memory
         self.tensors[f"{number}.prompt_embeds"] = prompt_embeds_LD.clone(memory_format=torch.contiguous_format)
@@ -72,6 +93,8 @@ class LatentsWriter:
             self._write_shard()
         save_file({"negative_embeds": self.negative_embeds_LD.contiguous()}, self.folder / "negative.safetensors")
         index = {"format": FORMAT, "fps": self.fps, "shards": self.shards}
+        if self.image_embeds_shape is not None:
+            index["image_embeds_shape"] = self.image_embeds_shape
         temporary = self.folder / f"{INDEX}.tmp"
         temporary.write_text(json.dumps(index, indent=1) + "\n")
         temporary.rename(self.folder / INDEX)
@@ -86,6 +109,7 @@ class LatentsDataset(torch.utils.data.Dataset):
         if index.get("format") != FORMAT:
             raise UserError(f"{self.folder / INDEX}: format {index.get('format')!r}, this version reads {FORMAT!r}")
         self.fps: float = index["fps"]
+        self.image_embeds_shape: list[int] | None = index.get("image_embeds_shape")  # None: made for text to video
         self.places: list[tuple[str, int]] = []  # (shard, number within it)
         self.about: list[dict[str, Any]] = []
         for shard in index["shards"]:
@@ -121,6 +145,10 @@ class LatentsDataset(torch.utils.data.Dataset):
     def prompt_embeds(self, index: int) -> torch.Tensor:
         """`[L, D]`, without padding."""
         return self._tensor(index, "prompt_embeds")
+
+    def first_frame(self, index: int) -> FirstFrame:
+        """For image to video only."""
+        return FirstFrame(self._tensor(index, "first_frame_latents"), self._tensor(index, "image_embeds"))
 
     def __getitem__(self, index: int) -> Sample:
         return Sample(self._tensor(index, "latents"), self.prompt_embeds(index), self.about[index]["caption"])

@@ -1,4 +1,4 @@
-"""Video files: read at a wanted size and rate, written as H.264, laid side by side as a contact sheet.
+"""Video and image files: read at a wanted size and rate, written as H.264, laid side by side as a contact sheet.
 
 Videos are uint8 `[T, H, W, 3]`.
 """
@@ -10,6 +10,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dmd_ds.errors import UserError
 
@@ -57,6 +58,18 @@ def read_video(path: Path, frames: int, height: int, width: int, fps: float) -> 
     if not pieces or last is None:
         raise UserError(f"{path}: holds no frame")
     return np.concatenate(pieces[: (kept - 1) // 4 * 4 + 1])
+
+
+def read_image(path: Path, height: int, width: int) -> np.ndarray:
+    """The picture, uint8 `[height, width, 3]`, turned as its EXIF data says; `UserError` when it cannot be read as one."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with Image.open(path) as image:
+            picture_HW3 = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: not readable as an image: {error}") from error
+    return fit(picture_HW3[None], height, width)[0]
 
 
 def write_video(path: Path, video_THW3: np.ndarray, fps: float) -> None:

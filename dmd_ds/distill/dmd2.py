@@ -23,7 +23,8 @@ from dmd_ds.distill.rollout import rollout
 from dmd_ds.parallel.engine import set_lr
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Recipe, Score
-from dmd_ds.sampler import few_step_sigmas
+from dmd_ds.sampler import Velocity, few_step_sigmas
+from dmd_ds.wan.denoiser import ImageCondition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Batch:
     samples: list[int]
     prompt_embeds_BLD: torch.Tensor
     latents_shape: tuple[int, int, int, int]  # [C, T, H, W]
+    image: ImageCondition | None  # what an image-to-video model is shown
+
+    def velocity_of(self, model: torch.nn.Module) -> Velocity:
+        """The model's velocity under this batch's conditions."""
+        return lambda x, sigma_B: model(x, sigma_B, self.prompt_embeds_BLD, image=self.image)
 
 
 def score_sigmas(uniform_B: torch.Tensor, score: Score) -> torch.Tensor:
@@ -44,22 +50,24 @@ def x0_of_scores(
     score_model: torch.nn.Module,
     x_BCTHW: torch.Tensor,
     sigma_B: torch.Tensor,
-    prompt_embeds_BLD: torch.Tensor,
-    negative_embeds_BLD: torch.Tensor,
+    batch: Batch,
+    negative_embeds_1LD: torch.Tensor,
     guidance: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Real (guided) and fake x0 of the same noised latents, `[B, C, T, H, W]` each.
 
     Fake, real conditional and real unconditional go through the base as one batch, so each of its layers is gathered once.
+    Guidance pushes away from the negative text; the image all of them see.
     """
-    embeds = [prompt_embeds_BLD, prompt_embeds_BLD]
+    embeds = [batch.prompt_embeds_BLD, batch.prompt_embeds_BLD]
     if guidance != 1.0:
-        embeds.append(negative_embeds_BLD)
+        embeds.append(negative_embeds_1LD.expand(len(x_BCTHW), -1, -1))
     parts = len(embeds)
     adapter_weight = torch.zeros(parts, len(x_BCTHW), device=x_BCTHW.device)
     adapter_weight[0] = 1.0
     x, sigma = x_BCTHW.repeat(parts, 1, 1, 1, 1), sigma_B.repeat(parts)
-    velocity = score_model(x, sigma, torch.cat(embeds), adapter_weight.flatten())
+    image = batch.image.repeat(parts) if batch.image else None
+    velocity = score_model(x, sigma, torch.cat(embeds), adapter_weight.flatten(), image=image)
     fake, real, *unconditional = flow.x0_from_velocity(x, velocity, sigma).chunk(parts)
     return (guided_x0(real, unconditional[0], guidance) if unconditional else real), fake
 
@@ -86,7 +94,7 @@ class DMD2Engine:
     def rollout(self, batch: Batch, step: int, purpose: str, velocity_at_exit) -> torch.Tensor:
         """The generator's x0 at an exit step that is the same on all ranks, with gradient as `velocity_at_exit` has it."""
         return rollout(
-            velocity=lambda x, sigma_B: self.generator.module(x, sigma_B, batch.prompt_embeds_BLD),
+            velocity=batch.velocity_of(self.generator.module),
             velocity_at_exit=velocity_at_exit,
             sigmas=self.sigmas,
             exit_step=self.randomness.integer(f"{purpose}/exit_step", step, self.recipe.sampling.steps),
@@ -108,18 +116,12 @@ class DMD2Engine:
     def generator_step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         """One update of the generator by the distribution-matching gradient."""
         self.generator.train()
-        x0_BCTHW = self.rollout(batch, step, "generator", lambda x, sigma_B: self.generator(x, sigma_B, batch.prompt_embeds_BLD))
+        x0_BCTHW = self.rollout(batch, step, "generator", batch.velocity_of(self.generator))
         with torch.no_grad():
             leaf_BCTHW = x0_BCTHW.detach()
             x_BCTHW, _, sigma_B = self.noised(leaf_BCTHW, batch, step, "generator")
-            real, fake = x0_of_scores(
-                self.fake_score.module,
-                x_BCTHW,
-                sigma_B,
-                batch.prompt_embeds_BLD,
-                self.negative_embeds_1LD.expand(len(leaf_BCTHW), -1, -1),
-                self.recipe.score.guidance,
-            )
+            guidance = self.recipe.score.guidance
+            real, fake = x0_of_scores(self.fake_score.module, x_BCTHW, sigma_B, batch, self.negative_embeds_1LD, guidance)
             loss, dloss_dx0 = distribution_matching_loss(distribution_matching_gradient(leaf_BCTHW, real, fake))
         self.generator.backward((x0_BCTHW * dloss_dx0).sum())  # the derivative of this scalar is dL/dx0 itself
         set_lr(self.generator, self.recipe.generator, step // self.recipe.fake_score.updates_per_generator_update)
@@ -129,14 +131,9 @@ class DMD2Engine:
     def fake_score_step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         """One update of the fake score: denoise what the generator makes now."""
         with torch.no_grad():
-            x0_BCTHW = self.rollout(
-                batch,
-                step,
-                "fake_score",
-                lambda x, sigma_B: self.generator.module(x, sigma_B, batch.prompt_embeds_BLD),
-            )
+            x0_BCTHW = self.rollout(batch, step, "fake_score", batch.velocity_of(self.generator.module))
             x_BCTHW, noise_BCTHW, sigma_B = self.noised(x0_BCTHW, batch, step, "fake_score")
-        velocity_BCTHW = self.fake_score(x_BCTHW, sigma_B, batch.prompt_embeds_BLD)
+        velocity_BCTHW = batch.velocity_of(self.fake_score)(x_BCTHW, sigma_B)
         loss = flow_matching_loss(velocity_BCTHW, x0_BCTHW, noise_BCTHW)
         self.fake_score.backward(loss)
         set_lr(self.fake_score, self.recipe.fake_score, step)

@@ -6,6 +6,7 @@ H W latent height and width, L tokens, n tokens of this rank, N heads, D width.
 """
 
 import contextlib
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -19,7 +20,19 @@ from torch.utils.checkpoint import checkpoint
 
 TEXT_TOKENS = 512  # Wan2.1 pads its text with zeros to this length, and attends to the padding
 ADAPTER = "fake_score"
-ADAPTER_TARGETS = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
+ADAPTER_TARGETS = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)|ffn\.net\.(0\.proj|2))"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageCondition:
+    """What an image-to-video model is shown beside the prompt. `dmd_ds.wan.image` makes it."""
+
+    channels_BCTHW: torch.Tensor  # laid under the noised latents: which frames are given, and the VAE's latents of them
+    embeds_BLD: torch.Tensor  # what CLIP sees in the picture
+
+    def repeat(self, times: int) -> "ImageCondition":
+        """For a batch that holds its samples so many times over."""
+        return ImageCondition(self.channels_BCTHW.repeat(times, 1, 1, 1, 1), self.embeds_BLD.repeat(times, 1, 1))
 
 
 def padding_bias(tokens: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
@@ -82,16 +95,39 @@ class SelfAttention:
         return attn.to_out[0](out.flatten(2, 3).type_as(query))
 
 
+def attend_to_text(attn, query_BnND: torch.Tensor, text_BLD: torch.Tensor) -> torch.Tensor:
+    """`[B, n, N, D]`; the text may be trimmed to fewer than 512 tokens."""
+    key = attn.norm_k(attn.to_k(text_BLD)).unflatten(2, (attn.heads, -1))
+    value = attn.to_v(text_BLD).unflatten(2, (attn.heads, -1))
+    bias_L = padding_bias(key.shape[1], query_BnND.device, query_BnND.dtype)
+    mask = None if bias_L is None else bias_L.expand(query_BnND.shape[0], 1, query_BnND.shape[1], -1)
+    return dispatch_attention_fn(query_BnND, key, value, attn_mask=mask)
+
+
 class CrossAttention:
-    """Attention processor of the text cross-attention, for text trimmed to fewer than 512 tokens."""
+    """Attention processor of the video tokens to the text."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, rotary_emb=None):
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1))
-        value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
-        bias_L = padding_bias(key.shape[1], query.device, query.dtype)
-        mask = None if bias_L is None else bias_L.expand(query.shape[0], 1, query.shape[1], -1)
-        out = dispatch_attention_fn(query, key, value, attn_mask=mask)
+        out = attend_to_text(attn, query, encoder_hidden_states)
+        return attn.to_out[0](out.flatten(2, 3).type_as(query))
+
+
+class TextAndImage(NamedTuple):
+    """What the blocks of an image-to-video model attend to; apart, so that neither needs to know the other's length."""
+
+    text_BLD: torch.Tensor
+    image_BLD: torch.Tensor
+
+
+class TextAndImageAttention:
+    """Attention processor of the video tokens to the text, plus that to the image; `encoder_hidden_states` is a `TextAndImage`."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states: TextAndImage, attention_mask=None, rotary_emb=None):
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key = attn.norm_added_k(attn.add_k_proj(encoder_hidden_states.image_BLD)).unflatten(2, (attn.heads, -1))
+        value = attn.add_v_proj(encoder_hidden_states.image_BLD).unflatten(2, (attn.heads, -1))
+        out = attend_to_text(attn, query, encoder_hidden_states.text_BLD) + dispatch_attention_fn(query, key, value)
         return attn.to_out[0](out.flatten(2, 3).type_as(query))
 
 
@@ -123,7 +159,7 @@ class AdapterWeight:
 
 
 class WanDenoiser(nn.Module):
-    """Predicts the velocity of noised video latents.
+    """Predicts the velocity of noised video latents, text to video or image to video as the transformer's weights are.
 
     `transformer`: the diffusers model, whose weights and names stay as they are.
     `sequence`: how the tokens of a sample are spread over ranks; latents come in and go out whole on each.
@@ -140,7 +176,7 @@ class WanDenoiser(nn.Module):
         self.adapter_weight: AdapterWeight | None = None
         for block in transformer.blocks:
             block.attn1.set_processor(SelfAttention(sequence))
-            block.attn2.set_processor(CrossAttention())
+            block.attn2.set_processor(CrossAttention() if transformer.config.image_dim is None else TextAndImageAttention())
 
     def add_adapter(self, rank: int, alpha: float) -> None:
         """Freezes the transformer and lays a LoRA adapter over every linear layer of its blocks (Hu et al. 2021)."""
@@ -156,14 +192,17 @@ class WanDenoiser(nn.Module):
         prompt_embeds_BLD: torch.Tensor,
         adapter_weight_B: torch.Tensor | None = None,
         guidance_B: torch.Tensor | None = None,
+        image: ImageCondition | None = None,
     ) -> torch.Tensor:
         """The velocity `[B, C, T, H, W]` in float32.
 
         `x_BCTHW`: noised latents; `sigma_B`: noise level in [0, 1]; `prompt_embeds_BLD`: text padded with zeros to 512
         tokens, or trimmed to fewer of which the last is padding. `adapter_weight_B`: how much of the LoRA each sample
-        sees (None: all of it). `guidance_B`: the guidance each sample asks for, of a guidance-embedded model.
+        sees (None: all of it). `guidance_B`: the guidance each sample asks for, of a guidance-embedded model. `image`: for an
+        image-to-video model, and for no other.
         """
         wan = self.transformer
+        assert (image is None) == (wan.config.image_dim is None)
         p_t, p_h, p_w = wan.config.patch_size
         T, H, W = (size // patch for size, patch in zip(x_BCTHW.shape[2:], (p_t, p_h, p_w), strict=True))
         dtype = wan.patch_embedding.weight.dtype
@@ -171,8 +210,11 @@ class WanDenoiser(nn.Module):
 
         cos, sin = (self.sequence.shard(table, dim=1) for table in wan.rope(x_BCTHW))
         place = Place(cos, sin, tokens)
+        x_BCTHW = x_BCTHW.to(dtype)
+        if image is not None:
+            x_BCTHW = torch.cat([x_BCTHW, image.channels_BCTHW.to(dtype)], dim=1)
         # [B, C, T p_t, H p_h, W p_w] -> [B, C, p_t, p_h, n, p_w]: this rank's patches side by side, as one strip of video
-        patches = x_BCTHW.to(dtype).unflatten(4, (W, p_w)).unflatten(3, (H, p_h)).unflatten(2, (T, p_t))
+        patches = x_BCTHW.unflatten(4, (W, p_w)).unflatten(3, (H, p_h)).unflatten(2, (T, p_t))
         patches = self.sequence.shard(patches.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4, 6), dim=4)
         hidden_BnD = wan.patch_embedding(patches.flatten(4, 5)).flatten(2).transpose(1, 2).contiguous()
         embedder = wan.condition_embedder
@@ -180,10 +222,12 @@ class WanDenoiser(nn.Module):
         if guidance_B is not None:
             time_BD = time_BD + embedder.guidance_embedder(embedder.timesteps_proj(1000.0 * guidance_B).to(dtype))
         modulation_B6D = embedder.time_proj(embedder.act_fn(time_BD)).unflatten(1, (6, -1))
-        text_BLD = embedder.text_embedder(prompt_embeds_BLD.to(dtype))
+        context = embedder.text_embedder(prompt_embeds_BLD.to(dtype))
+        if image is not None:
+            context = TextAndImage(context, embedder.image_embedder(image.embeds_BLD.to(dtype)))
 
         for block in wan.blocks:
-            arguments = (block, hidden_BnD, text_BLD, modulation_B6D, place, adapter_weight_B)
+            arguments = (block, hidden_BnD, context, modulation_B6D, place, adapter_weight_B)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden_BnD = checkpoint(self._run_block, *arguments, use_reentrant=False)
             else:
@@ -196,6 +240,6 @@ class WanDenoiser(nn.Module):
         # [B, T, H, W, p_t, p_h, p_w, C] -> [B, C, T p_t, H p_h, W p_w]
         return out.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _run_block(self, block, hidden_BnD, text_BLD, modulation_B6D, place, adapter_weight_B):
+    def _run_block(self, block, hidden_BnD, context, modulation_B6D, place, adapter_weight_B):
         with self.adapter_weight(adapter_weight_B) if self.adapter_weight else contextlib.nullcontext():
-            return block(hidden_BnD, text_BLD, modulation_B6D, place)
+            return block(hidden_BnD, context, modulation_B6D, place)

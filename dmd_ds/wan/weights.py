@@ -18,10 +18,12 @@ from torch import nn
 
 from dmd_ds.errors import UserError, read_json
 from dmd_ds.recipe import find_folder
+from dmd_ds.wan.autoencoder import TIME_STRIDE
 
 WEIGHTS = "diffusion_pytorch_model"
 STEMS = (WEIGHTS, "model")  # what diffusers and what transformers call their files
 INDEX = f"{WEIGHTS}.safetensors.index.json"
+UNUSED = "norm_added_q"  # in the published image-to-video folders, and in no model: diffusers passes it over too
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
@@ -32,19 +34,39 @@ TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 def find_model(path: str) -> Path:
     """The diffusers Wan folder that `model.path` names."""
     folder = find_folder("model.path", path, "model_index.json")
-    for part in ("transformer/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json"):
+    configs = ["transformer/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json"]
+    weights = ["transformer", "vae", "text_encoder"]
+    if (folder / configs[0]).is_file() and takes_image(transformer_config(folder)):
+        configs += ["image_encoder/config.json", "image_processor/preprocessor_config.json"]
+        weights.append("image_encoder")
+    for part in configs:
         if not (folder / part).is_file():
             raise UserError(f"model.path={path}: {part} is missing from that folder")
-    for part in ("transformer", "vae", "text_encoder"):
+    for part in weights:
         stored_tensors(folder / part)
     return folder
 
 
 def transformer_config(model: Path) -> dict:
-    config = read_json(model / "transformer" / "config.json")
+    """Of a Wan2.1 text-to-video or image-to-video model; `UserError` for another."""
+    path = model / "transformer" / "config.json"
+    config = read_json(path)
     if config.get("_class_name") != "WanTransformer3DModel":
-        raise UserError(f"{model}/transformer/config.json: {config.get('_class_name')!r} is no WanTransformer3DModel")
+        raise UserError(f"{path}: {config.get('_class_name')!r} is no WanTransformer3DModel")
+    channels, latents = config["in_channels"], config["out_channels"]
+    # noised latents; then a mask of the frames that are given, and their latents
+    expected = latents + TIME_STRIDE + latents if takes_image(config) else latents
+    if channels != expected:
+        kind = "image-to-video" if takes_image(config) else "text-to-video"
+        raise UserError(f"{path}: in_channels={channels}, a Wan2.1 {kind} model of {latents} latent channels has {expected}")
+    if config.get("pos_embed_seq_len") is not None:
+        raise UserError(f"{path}: pos_embed_seq_len={config['pos_embed_seq_len']}, a first-and-last-frame model, which is not supported")
     return config
+
+
+def takes_image(config: dict) -> bool:
+    """Whether a transformer of this configuration is an image-to-video model; older files leave `image_dim` out."""
+    return config.get("image_dim") is not None
 
 
 def empty_transformer(config: dict) -> WanTransformer3DModel:
@@ -111,6 +133,11 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     raise UserError(f"{folder}: holds no weights ({' or '.join(f'{stem}.safetensors' for stem in STEMS)}, or its index)")
 
 
+def transformer_tensors(folder: Path) -> dict[str, Stored]:
+    """Those of a diffusers transformer, by name."""
+    return {name: tensor for name, tensor in stored_tensors(folder).items() if UNUSED not in name}
+
+
 def check_tensors(folder: Path, shapes: Mapping[str, Sequence[int]], stored: Mapping[str, Stored]) -> None:
     """`UserError` unless the folder holds exactly these tensors, each of its shape."""
     for problem, names in (("missing", shapes.keys() - stored.keys()), ("unknown", stored.keys() - shapes.keys())):
@@ -123,7 +150,7 @@ def check_tensors(folder: Path, shapes: Mapping[str, Sequence[int]], stored: Map
 
 def load_weights(module: nn.Module, folder: Path, shard: Callable[[nn.Parameter, torch.Tensor], torch.Tensor]) -> None:
     """Fills the module from the folder, one tensor at a time; `shard` cuts a whole tensor to this rank's part."""
-    stored, parameters = stored_tensors(folder), dict(module.named_parameters())
+    stored, parameters = transformer_tensors(folder), dict(module.named_parameters())
     check_tensors(folder, {name: parameter.ds_shape for name, parameter in parameters.items()}, stored)
     for name, parameter in parameters.items():
         parameter.ds_tensor.data.copy_(shard(parameter, stored[name].read()))

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from dmd_ds.data.latents import BatchOrder, LatentsDataset, pad_embeds
+from dmd_ds.data.latents import BatchOrder, FirstFrame, LatentsDataset, LatentsWriter, pad_embeds
 from dmd_ds.errors import UserError
 from dmd_ds.randomness import Randomness
-from tests.mini import TEXT_WIDTH, make_dataset
+from tests.mini import IMAGE_EMBEDS_SHAPE, TEXT_WIDTH, make_dataset
 
 SHAPES = ((4, 2, 4, 4), (4, 1, 4, 8))
 
@@ -87,3 +87,17 @@ def test_a_dataset_of_another_format_is_refused(folder):
     (folder / "index.json").write_text(json.dumps({"format": "dmd_ds latents 9"}))
     with pytest.raises(UserError, match="dmd_ds latents 9"):
         LatentsDataset(str(folder))
+
+
+def test_first_frames_come_back_and_the_dataset_says_that_it_has_them(tmp_path, folder):
+    written = [FirstFrame(torch.randn(*SHAPES[0]), torch.randn(*IMAGE_EMBEDS_SHAPE)) for _ in range(3)]
+    writer = LatentsWriter(tmp_path / "images", fps=8, negative_embeds_LD=torch.zeros(1, TEXT_WIDTH), samples_a_shard=2)
+    for frame in written:
+        size = {"frames": 5, "height": 32, "width": 32}
+        writer.add(torch.zeros(*SHAPES[0]), torch.zeros(2, TEXT_WIDTH), frame, caption="", source="", **size)
+    writer.close()
+    dataset = LatentsDataset(str(tmp_path / "images"))
+    assert dataset.image_embeds_shape == list(IMAGE_EMBEDS_SHAPE) and LatentsDataset(str(folder)).image_embeds_shape is None
+    for index, frame in enumerate(written):
+        assert torch.equal(dataset.first_frame(index).latents, frame.latents)
+        assert torch.equal(dataset.first_frame(index).embeds, frame.embeds)

@@ -6,9 +6,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from dmd_ds.data import moving_shapes as ms
-from dmd_ds.data.video import contact_sheet, fit, read_video, write_video
+from dmd_ds.data.video import contact_sheet, fit, read_image, read_video, write_video
 from dmd_ds.errors import UserError
 
 
@@ -82,3 +83,24 @@ def test_a_contact_sheet_holds_every_video():
     videos = [np.full((17, 8, 8, 3), value, np.uint8) for value in (10, 20, 30)]
     sheet = contact_sheet([videos, videos])
     assert {10, 20, 30} <= set(np.unique(sheet)) and sheet.shape == (2 * 8 + 4, 3 * 5 * 8 + 2 * 12, 3)
+
+
+def test_an_image_is_turned_scaled_and_cropped(tmp_path):
+    picture = np.zeros((20, 40, 3), np.uint8)
+    picture[:, :20] = 250  # the left half is bright
+    upright = Image.Exif()
+    upright[0x0112] = 6  # to be turned a quarter clockwise: its left is then its top
+    Image.fromarray(picture).save(tmp_path / "turned.png", exif=upright)
+    Image.fromarray(picture).convert("RGBA").save(tmp_path / "plain.png")
+    turned, plain = read_image(tmp_path / "turned.png", 16, 32), read_image(tmp_path / "plain.png", 16, 32)
+    assert turned.shape == plain.shape == (16, 32, 3) and turned.dtype == np.uint8
+    assert turned[:3].mean() > 200 and turned[-3:].mean() < 50
+    assert plain[:, :14].mean() > 240 and plain[:, 18:].mean() < 10
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="a.png: not readable as an image"):
+        read_image(tmp_path / "a.png", 16, 16)
+    with pytest.raises(UserError, match="b.png: no such file"):
+        read_image(tmp_path / "b.png", 16, 16)

@@ -1,4 +1,5 @@
-"""What test_attention.py runs on 4 ranks: the attention of a shared sample against that of a whole one, value and gradient.
+"""What test_attention.py runs on 4 ranks: the attention of a shared sample against that of a whole one, value and gradient, and
+an image-to-video denoiser that shares its samples against diffusers' own forward.
 
 Every check is made on every rank, in float32; prints one JSON line of largest differences on rank 0.
 """
@@ -13,6 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.mesh import Mesh, joined
 from dmd_ds.recipe import Parallel
+from dmd_ds.wan.denoiser import TEXT_TOKENS, ImageCondition, WanDenoiser
+from tests.mini import IMAGE_EMBEDS_SHAPE, IMAGE_TRANSFORMER, TEXT_WIDTH, make_transformer
 
 LAYOUTS = [(1, 4), (2, 2), (4, 1), (1, 2), (2, 1)]
 TOKENS = [16, 18, 5, 13]  # shares of 4, 4, 4, 4; 5, 5, 5, 3; 2, 2, 1, 0; 4, 4, 4, 1
@@ -59,12 +62,31 @@ def differences(mesh: Mesh, tokens: int) -> dict[str, float]:
     }
 
 
+def image_to_video_difference(mesh: Mesh) -> float:
+    """Of 18 tokens and a text trimmed to 8, on 4 heads."""
+    config = {**IMAGE_TRANSFORMER, "num_attention_heads": 4, "added_kv_proj_dim": 48}
+    draw = torch.Generator().manual_seed(mesh.data_rank)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(2, *shape, generator=draw)
+
+    x, channels, embeds, text = random(4, 3, 4, 6), random(8, 3, 4, 6), random(*IMAGE_EMBEDS_SHAPE), random(7, TEXT_WIDTH)
+    sigma = torch.tensor([0.3, 0.8])
+    padded = [torch.nn.functional.pad(text, (0, 0, 0, tokens - 7)) for tokens in (8, TEXT_TOKENS)]
+    with torch.no_grad():
+        whole = make_transformer(config=config)
+        expected = whole(torch.cat([x, channels], 1), 1000 * sigma, padded[1], embeds, return_dict=False)[0]
+        denoiser = WanDenoiser(make_transformer(config=config), SequenceParallel(mesh, torch.float32))
+        return float((denoiser(x, sigma, padded[0], image=ImageCondition(channels, embeds)) - expected).abs().max())
+
+
 def main() -> None:
     with joined(Parallel(ulysses=2, ring=2)) as world:
         found = {f"xdit {tokens}": differences(world, tokens) for tokens in TOKENS}
         for ulysses, ring in LAYOUTS:
             mesh = lay(world, ulysses, ring)
             found |= {f"{ulysses}x{ring} {tokens}": differences(mesh, tokens) for tokens in TOKENS}
+            found[f"{ulysses}x{ring} image to video"] = {"value": image_to_video_difference(mesh)}
         everywhere = world.all_gather_objects(found)
         if world.is_first:
             worst = {case: {name: max(rank[case][name] for rank in everywhere) for name in found[case]} for case in found}

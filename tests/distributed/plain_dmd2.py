@@ -21,13 +21,26 @@ def pad(embeds: list[torch.Tensor]) -> torch.Tensor:
     return out
 
 
+def see(dataset: LatentsDataset, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What the model is shown of the first frames: channels beside the noised latents, and CLIP's tokens."""
+    if dataset.image_embeds_shape is None:
+        return None
+    frames = [dataset.first_frame(i) for i in indices]
+    latents = torch.stack([frame.latents for frame in frames])
+    batch, _, length, height, width = latents.shape
+    given = torch.zeros(batch, 4 * length, height, width)  # of each latent frame's four, which are given
+    given[:, :4] = 1
+    mask = given.unflatten(1, (length, 4)).transpose(1, 2)
+    return torch.cat([mask, latents], dim=1), torch.stack([frame.embeds for frame in frames])
+
+
 def plain_dmd2(
     recipe: Recipe, global_batch_size: int, epsilon: float
 ) -> tuple[list[dict], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(metrics a step, the generator's weights, the adapter's weights)."""
     generator = WanTransformer3DModel.from_pretrained(f"{recipe.model.path}/transformer").train()
     torch.manual_seed(recipe.seed)
-    targets = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
+    targets = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)|ffn\.net\.(0\.proj|2))"
     lora = LoraConfig(r=recipe.fake_score.lora_rank, lora_alpha=recipe.fake_score.lora_alpha, target_modules=targets)
     score = get_peft_model(copy.deepcopy(generator), lora)
     adapter = [parameter for parameter in score.parameters() if parameter.requires_grad]
@@ -47,16 +60,19 @@ def plain_dmd2(
     sigmas = sigmas / (1 + 4 * sigmas / 5)
     sigmas = (1 - (1 - sigmas) * (1 - 0.625) / (1 - sigmas[-1])).float()
 
-    def velocity(model, x, sigma, text):
-        return model(x, 1000 * sigma, text, return_dict=False)[0]
+    def velocity(model, x, sigma, text, image):
+        if image is None:
+            return model(x, 1000 * sigma, text, return_dict=False)[0]
+        channels, embeds = image
+        return model(torch.cat([x, channels], dim=1), 1000 * sigma, text, embeds, return_dict=False)[0]
 
-    def roll(text, shape, step, purpose, with_gradient):
+    def roll(text, image, shape, step, purpose, with_gradient):
         exit_step = draw.integer(f"{purpose}/exit_step", step, 4)
         x = draw.normal(f"{purpose}/rollout0", step, samples, shape)
         for k in range(exit_step + 1):
             sigma = sigmas[k].repeat(len(x))
             with torch.set_grad_enabled(with_gradient and k == exit_step):
-                x0 = x - sigma.view(-1, 1, 1, 1, 1) * velocity(generator, x, sigma, text)
+                x0 = x - sigma.view(-1, 1, 1, 1, 1) * velocity(generator, x, sigma, text, image)
             if k < exit_step:
                 noise = draw.normal(f"{purpose}/rollout{k + 1}", step, samples, shape)
                 x = (1 - sigmas[k + 1]) * x0 + sigmas[k + 1] * noise
@@ -75,14 +91,15 @@ def plain_dmd2(
         line = {}
         shape, indices = order(step)
         text = pad([dataset.prompt_embeds(i) for i in indices])
+        image = see(dataset, indices)
         empty = pad([dataset.negative_embeds_LD] * len(indices))
         if step % recipe.fake_score.updates_per_generator_update == 0:
-            x0 = roll(text, shape, step, "generator", with_gradient=True)
+            x0 = roll(text, image, shape, step, "generator", with_gradient=True)
             with torch.no_grad():
                 x, _, sigma, s5 = noised(x0, step, "generator", shape)
-                fake = x - s5 * velocity(score, x, sigma, text)
+                fake = x - s5 * velocity(score, x, sigma, text, image)
                 with score.disable_adapter():
-                    conditional, unconditional = velocity(score, x, sigma, text), velocity(score, x, sigma, empty)
+                    conditional, unconditional = (velocity(score, x, sigma, words, image) for words in (text, empty))
                 real = x - s5 * (unconditional + recipe.score.guidance * (conditional - unconditional))
                 normaliser = (x0 - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
                 target = x0 - (fake - real) / normaliser
@@ -93,9 +110,9 @@ def plain_dmd2(
             optimizer_g.param_groups[0]["lr"] = recipe.generator.lr * (0.5 if step == 0 else 1.0)  # warm-up of 1 update
             optimizer_g.step()
             line["loss/dm"] = float(loss.detach())
-        x0 = roll(text, shape, step, "fake_score", with_gradient=False)
+        x0 = roll(text, image, shape, step, "fake_score", with_gradient=False)
         x, noise, sigma, _ = noised(x0, step, "fake_score", shape)
-        loss = ((velocity(score, x, sigma, text) - (noise - x0)) ** 2).mean()
+        loss = ((velocity(score, x, sigma, text, image) - (noise - x0)) ** 2).mean()
         optimizer_f.zero_grad()
         loss.backward()
         line["grad_norm/fake_score"] = float(torch.nn.utils.clip_grad_norm_(adapter, recipe.fake_score.max_grad_norm))

@@ -19,3 +19,8 @@ def found():
 @pytest.mark.parametrize("layout", ["xdit", *(f"{ulysses}x{ring}" for ulysses, ring in LAYOUTS)])
 def test_value_and_gradients_are_those_of_the_whole_sample(found, layout, tokens):
     assert found[f"{layout} {tokens}"] == {name: pytest.approx(0, abs=3e-6) for name in ("value", "q", "k", "v")}
+
+
+@pytest.mark.parametrize("layout", [f"{ulysses}x{ring}" for ulysses, ring in LAYOUTS])
+def test_image_to_video_is_diffusers_own_forward(found, layout):
+    assert found[f"{layout} image to video"] == {"value": pytest.approx(0, abs=1e-5)}

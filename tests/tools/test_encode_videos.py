@@ -11,7 +11,8 @@ from dmd_ds.data.latents import LatentsDataset
 from dmd_ds.data.video import read_video, write_video
 from dmd_ds.errors import UserError
 from dmd_ds.generation import VideoModel
-from dmd_ds.wan.autoencoder import decode, encode
+from dmd_ds.wan.autoencoder import decode, encode, load_autoencoder
+from dmd_ds.wan.image import load_image_encoder, show_first_frame
 from dmd_ds.wan.text import encode_prompts, load_text_encoder
 from tests.data.test_video import film
 from tools.encode_videos import encode_videos, list_clips
@@ -48,6 +49,19 @@ def test_latents_in_the_dataset_are_those_of_the_clip(clips, mini_model):
     pixels = torch.from_numpy(read_video(clips / "1.mp4", 5, 32, 48, 8)).permute(3, 0, 1, 2)[None] / 127.5 - 1
     expected = encode(VideoModel(str(mini_model), torch.device("cpu")).vae, pixels)[0]
     torch.testing.assert_close(LatentsDataset(str(clips / "out"))[1].latents, expected)
+
+
+def test_for_an_image_to_video_model_the_first_frame_goes_along(clips, mini_image_model):
+    encode_videos(clips / "clips.jsonl", clips / "out", mini_image_model, **SIZE)
+    dataset, cpu = LatentsDataset(str(clips / "out")), torch.device("cpu")
+    video = read_video(clips / "1.mp4", 5, 32, 48, 8)
+    clip, vae = load_image_encoder(mini_image_model, cpu), load_autoencoder(mini_image_model, cpu)
+    expected = show_first_frame(clip, vae, video[0], 5)
+    torch.testing.assert_close(dataset.first_frame(1).latents, expected.latents)
+    torch.testing.assert_close(dataset.first_frame(1).embeds, expected.embeds)
+    assert dataset.first_frame(1).latents.shape == dataset[1].latents.shape
+    other = show_first_frame(clip, vae, video[-1], 5)
+    assert (other.latents - expected.latents).abs().max() > 1e-3 and (other.embeds - expected.embeds).abs().max() > 1e-3
 
 
 def test_none_readable_is_an_error_that_leaves_nothing(tmp_path, mini_model):

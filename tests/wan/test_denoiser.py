@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dmd_ds.wan.denoiser import ADAPTER, TEXT_TOKENS, WanDenoiser
-from tests.mini import LATENTS_SHAPE, TEXT_WIDTH, make_transformer
+from dmd_ds.wan.denoiser import ADAPTER, TEXT_TOKENS, ImageCondition, WanDenoiser
+from tests.mini import IMAGE_EMBEDS_SHAPE, IMAGE_TRANSFORMER, LATENTS_SHAPE, TEXT_WIDTH, make_transformer
 
 WORDS = 5
 
@@ -78,3 +78,58 @@ def test_recomputation_sees_the_adapter_weight_of_its_own_call(inputs, adapted):
 
     for kept, recomputed in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(recomputed, kept, atol=0, rtol=0)
+
+
+@pytest.fixture
+def image():
+    generator = torch.Generator().manual_seed(3)
+    channels = torch.randn(3, 4 + LATENTS_SHAPE[0], *LATENTS_SHAPE[1:], generator=generator)
+    return ImageCondition(channels, torch.randn(3, *IMAGE_EMBEDS_SHAPE, generator=generator))
+
+
+def image_denoiser() -> WanDenoiser:
+    return WanDenoiser(make_transformer(config=IMAGE_TRANSFORMER))
+
+
+@pytest.mark.parametrize("tokens", [WORDS + 1, 64, TEXT_TOKENS])
+def test_image_to_video_is_diffusers_own_forward_however_the_text_is_trimmed(inputs, image, tokens):
+    x, sigma, text = inputs
+    transformer = make_transformer(config=IMAGE_TRANSFORMER)
+    expected = transformer(torch.cat([x, image.channels_BCTHW], 1), 1000 * sigma, text, image.embeds_BLD, return_dict=False)[0]
+    ours = image_denoiser()(x, sigma, text[:, :tokens], image=image)
+    assert ours.shape == x.shape
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_channels_and_embeds_of_the_image_both_matter(inputs, image):
+    x, sigma, text = inputs
+    denoiser = image_denoiser()
+    there = denoiser(x, sigma, text, image=image)
+    for other in (
+        ImageCondition(image.channels_BCTHW.roll(1, 0), image.embeds_BLD),
+        ImageCondition(image.channels_BCTHW, image.embeds_BLD.roll(1, 0)),
+    ):
+        assert (denoiser(x, sigma, text, image=other) - there).abs().amax((1, 2, 3, 4)).min() > 1e-2
+
+
+def test_a_repeated_condition_stays_with_its_samples(inputs, image):
+    x, sigma, text = inputs
+    denoiser = image_denoiser()
+    twice = denoiser(x.repeat(2, 1, 1, 1, 1), sigma.repeat(2), text.repeat(2, 1, 1), image=image.repeat(2))
+    once = denoiser(x, sigma, text, image=image)
+    torch.testing.assert_close(twice, once.repeat(2, 1, 1, 1, 1), atol=1e-6, rtol=1e-5)
+
+
+def test_the_adapter_covers_the_image_attention_and_scores_stay_apart(inputs, image):
+    x, sigma, text = inputs
+    denoiser = image_denoiser()
+    denoiser.add_adapter(rank=4, alpha=8)
+    trainable = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
+    assert len(trainable) == 2 * 12 * len(denoiser.transformer.blocks)
+    for name, parameter in denoiser.named_parameters():
+        if "add_v_proj.lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    mixed = denoiser(x, sigma, text, torch.tensor([1.0, 0.0, 1.0]), image)
+    base = image_denoiser()(x, sigma, text, image=image)
+    torch.testing.assert_close(mixed[1], base[1], atol=1e-6, rtol=1e-5)
+    assert (mixed - base)[[0, 2]].abs().amax((1, 2, 3, 4)).min() > 1e-3

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from dmd_ds.errors import UserError
 from dmd_ds.wan.weights import Spec, find_model, load_weights, renew_buffers, save_weights, stored_tensors, transformer_config
-from tests.mini import TRANSFORMER, make_transformer
+from tests.mini import IMAGE_TRANSFORMER, TRANSFORMER, make_transformer
 
 
-def sharded(seed: int):
+def sharded(seed: int, config: dict = TRANSFORMER):
     """A transformer whose parameters look as under ZeRO-3 on one rank."""
-    module = make_transformer(seed)
+    module = make_transformer(seed, config)
     for parameter in module.parameters():
         parameter.ds_shape = parameter.shape
         parameter.ds_tensor = torch.zeros(parameter.numel())
@@ -28,6 +28,11 @@ def whole(parameter, tensor):
 @pytest.fixture
 def model(mini_model, tmp_path):
     return shutil.copytree(mini_model, tmp_path / "model")
+
+
+@pytest.fixture
+def image_model(mini_image_model, tmp_path):
+    return shutil.copytree(mini_image_model, tmp_path / "image_model")
 
 
 def change(model, edit) -> None:
@@ -76,6 +81,40 @@ def test_a_folder_without_a_part_or_of_another_model_is_refused(model):
     (model / "transformer" / "config.json").write_text(json.dumps({"_class_name": "UNet"}))
     with pytest.raises(UserError, match="'UNet' is no WanTransformer3DModel"):
         transformer_config(model)
+
+
+def test_an_image_to_video_folder_is_read_and_what_no_model_uses_passed_over(image_model):
+    stored = load_file(image_model / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert any("norm_added_q" in name for name in stored)
+    module = sharded(5, IMAGE_TRANSFORMER)
+    load_weights(module, image_model / "transformer", whole)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.ds_tensor, stored[name].reshape(-1)), name
+
+
+def test_an_image_to_video_folder_needs_its_image_encoder(image_model):
+    assert find_model(str(image_model)) == image_model
+    (image_model / "image_processor" / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match="image_processor/preprocessor_config.json is missing"):
+        find_model(str(image_model))
+    shutil.rmtree(image_model / "image_encoder")
+    with pytest.raises(UserError, match="image_encoder/config.json is missing"):
+        find_model(str(image_model))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_dim": None}, "in_channels=12, a Wan2.1 text-to-video model of 4 latent channels has 4"),
+        ({"in_channels": 8}, "in_channels=8, a Wan2.1 image-to-video model of 4 latent channels has 12"),
+        ({"pos_embed_seq_len": 514}, "pos_embed_seq_len=514, a first-and-last-frame model"),
+    ],
+)
+def test_other_models_of_the_family_are_refused(image_model, change, message):
+    file = image_model / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        transformer_config(image_model)
 
 
 def test_the_rotary_tables_are_made_again_exactly():
