@@ -6,14 +6,13 @@ Runs the cases of FOLDER/cases.json one after the other; rank 0 writes FOLDER/me
 import gc
 import json
 import logging
-import shutil
 import sys
 from pathlib import Path
 
-from dmd_ds.parallel.mesh import joined
+from dmd_ds.parallel.mesh import Mesh, joined
 from dmd_ds.planner.memory import memory
 from dmd_ds.planner.sizes import ModelSize, Precision, Setup, Zero
-from dmd_ds.recipe import Parallel
+from dmd_ds.recipe import Parallel, Recipe
 from dmd_ds.trainer import Trainer, check_inputs
 from tests import mini
 from tests.live_bytes import LiveBytes
@@ -21,8 +20,8 @@ from tests.live_bytes import LiveBytes
 CPU = Precision(weights=4, accelerator=False)
 
 
-def recipe_of(case: dict, folder: Path):
-    """A mini model of the case's size, its data and its recipe."""
+def recipe_of(case: dict, folder: Path, mesh: Mesh) -> Recipe:
+    """A mini model of the case's size, its data and its recipe; the first rank writes them for all."""
     mini.TRANSFORMER |= {
         "num_attention_heads": 2,
         "attention_head_dim": case["width"] // 2,
@@ -38,9 +37,12 @@ def recipe_of(case: dict, folder: Path):
         "stage3_param_persistence_threshold": 1000,
     }
     file = folder / "ds.json"
-    file.write_text(json.dumps(ds_config))
-    mini.make_pipeline(folder / "model")
-    mini.make_dataset(folder / "data", shapes=(mini.LATENTS_SHAPE,))
+    if mesh.is_first:
+        folder.mkdir()
+        file.write_text(json.dumps(ds_config))
+        mini.make_pipeline(folder / "model")
+        mini.make_dataset(folder / "data", shapes=(mini.LATENTS_SHAPE,))
+    mesh.barrier()
     engine = {"ds_config": str(file)}
     return mini.make_recipe(
         folder,
@@ -52,7 +54,7 @@ def recipe_of(case: dict, folder: Path):
     )
 
 
-def measure(recipe, mesh, steps: int) -> dict[str, float]:
+def measure(recipe: Recipe, mesh: Mesh, steps: int) -> dict[str, float]:
     """Peaks of `steps` trainer steps, in bytes; the data and the prompts on the host are part of it."""
     with LiveBytes() as live:
         trainer = Trainer(check_inputs(recipe), mesh)
@@ -71,7 +73,7 @@ def measure(recipe, mesh, steps: int) -> dict[str, float]:
     return peaks
 
 
-def planned(recipe, case: dict, ranks: int, prompt_tokens: int) -> dict[str, float]:
+def planned(recipe: Recipe, case: dict, ranks: int, prompt_tokens: int) -> dict[str, float]:
     model = ModelSize(
         layers=case["layers"], heads=2, head_dim=case["width"] // 2, ffn=4 * case["width"],
         text_dim=mini.TEXT_WIDTH, freq_dim=32, in_channels=4, out_channels=4,
@@ -98,12 +100,9 @@ def main(folder: Path) -> None:
     found = []
     with joined(Parallel(ulysses=cases[0].get("ulysses", 1), ring=cases[0].get("ring", 1))) as mesh:
         for number, case in enumerate(cases):
-            place = folder / f"rank{mesh.rank}_{number}"
-            place.mkdir()
-            recipe = recipe_of(case, place)
+            recipe = recipe_of(case, folder / f"case_{number}", mesh)
             measured = measure(recipe, mesh, case.get("steps", 2))
             found.append({"case": case, "measured": measured, "planned": planned(recipe, case, mesh.world_size, 8)})
-            shutil.rmtree(place)
     if mesh.is_first:
         (folder / "measured.json").write_text(json.dumps(found))
 
