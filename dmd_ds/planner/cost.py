@@ -1,0 +1,133 @@
+"""Bytes moved and seconds, a trainer step: an estimate for comparing settings, not a promise.
+
+A generator step is counted at its share, 1 / updates_per_generator_update. Bytes are what one GPU sends. All rates are in bytes or
+operations a second.
+"""
+
+import dataclasses
+
+from dmd_ds.planner.sizes import Setup
+
+HOST_BYTES_A_SECOND = 100e9  # memory of a node's host, shared by its GPUs: what Adam on the CPU is bound by
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """`nvlink` a GPU, `network` a node, `pcie` a GPU; `flops` of a GPU at its peak, of which `mfu` is reached."""
+
+    gpus_per_node: int = 8
+    memory: float = 80e9
+    flops: float = 989e12
+    mfu: float = 0.4
+    nvlink: float = 400e9
+    network: float = 400e9
+    pcie: float = 25e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """How often a step runs a model, in its trainer step's mean."""
+
+    rollout: float  # the generator without gradient, batch b
+    generator: float  # forward, recomputation and backward
+    scores: float  # the score without gradient
+    fake_score: float  # forward, recomputation and backward of the score
+    gan: float  # the same through the score's features, for the generator's gradient
+
+
+def passes(setup: Setup) -> Passes:
+    """The exit step is drawn evenly, so (K - 1) / 2 forwards lead up to it."""
+    share, before = 1 / setup.generator_every, (setup.sampling_steps - 1) / 2
+    return Passes(
+        rollout=share * before + before + 1,
+        generator=share,
+        scores=share,
+        fake_score=1,
+        gan=share if setup.gan else 0,
+    )
+
+
+def flops(setup: Setup) -> float:
+    """Of one GPU. A backward of all weights costs two forwards, one of a frozen base under LoRA costs one; checkpointing one more."""
+    count, again = passes(setup), 1 if setup.checkpointing else 0
+    forward = setup.model.forward_flops(setup.tokens, setup.text_tokens) * setup.batch / setup.a_sample
+    whole, adapter = 3 + again, 2 + again
+    generator = adapter if setup.generator_lora else whole
+    scores_batch, fake_batch = setup.score_parts, 2 if setup.gan else 1
+    return forward * (
+        count.rollout + count.generator * generator + count.scores * scores_batch + count.fake_score * fake_batch * adapter
+        + count.gan * adapter
+    )  # fmt: skip
+
+
+def collectives(setup: Setup) -> dict[str, float]:
+    """Bytes that one GPU sends a step, by collective. Tokens L, width D, Ulysses U, ring R."""
+    count, a, model, world = passes(setup), setup.precision.weights, setup.model, setup.gpus
+    others = (world - 1) / world
+    whole, adapter = sum(model.weights()), sum(model.adapter(setup.lora_rank))
+    generator_passes = count.rollout + 2 * count.generator  # a block is gathered once for its recomputation and its backward
+    score_passes = count.scores + 2 * count.fake_score + 2 * count.gan
+    trained = adapter if setup.generator_lora else whole
+    L, U, R = setup.tokens, setup.ulysses, setup.ring
+    # queries, keys, values and result change hands; back again in the backward
+    exchanged = 4 * L * model.width / (U * R) * (U - 1) / U * a
+    passed_on = 2 * L * model.width / U * (R - 1) / R * a
+    home = 2 * L * model.width / U * 4 if R > 1 else 0  # gradients of keys and values in float32, a full round
+    backwards = count.generator + count.gan + count.fake_score * (2 if setup.gan else 1)
+    forwards = count.rollout + count.scores * setup.score_parts + backwards * (2 if setup.checkpointing else 1)
+    blocks = setup.batch * model.layers
+    gathered = generator_passes * (whole + (adapter if setup.generator_lora else 0)) + score_passes * (whole + adapter)
+    return {
+        "all-gather of weights": a * others * gathered,
+        "reduce-scatter of gradients": a * others * (count.generator * trained + count.fake_score * adapter),
+        "all-to-all of Ulysses": blocks * exchanged * (forwards + backwards),
+        "ring": blocks * (passed_on * (forwards + backwards) + home * backwards),
+    }
+
+
+def between_nodes(setup: Setup, machine: Machine) -> float:
+    """Bytes a GPU sends out of its node a step. Of a ring over all GPUs each node sends every weight but its own on once, and its
+    GPUs share that; the ranks of a sample sit inside one node."""
+    nodes = -(-setup.gpus // machine.gpus_per_node)
+    if nodes == 1:
+        return 0
+    moved = collectives(setup)
+    weights = (moved["all-gather of weights"] + moved["reduce-scatter of gradients"]) * setup.gpus / (setup.gpus - 1)
+    return weights * (1 - 1 / nodes) / machine.gpus_per_node
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """A trainer step, by cause. Weights move while others compute; what attention exchanges, and the update, is waited for."""
+
+    compute: float
+    weights: float
+    attention: float
+    offload: float
+
+    @property
+    def step(self) -> float:
+        return max(self.compute, self.weights) + self.attention + self.offload
+
+
+def seconds(setup: Setup, machine: Machine) -> Seconds:
+    moved = collectives(setup)
+    inside = (moved["all-gather of weights"] + moved["reduce-scatter of gradients"]) / machine.nvlink
+    outside = between_nodes(setup, machine) * machine.gpus_per_node / machine.network
+    return Seconds(
+        compute=flops(setup) / (machine.flops * machine.mfu),
+        weights=max(inside, outside),
+        attention=(moved["all-to-all of Ulysses"] + moved["ring"]) / machine.nvlink,
+        offload=offload_seconds(setup, machine),
+    )
+
+
+def offload_seconds(setup: Setup, machine: Machine) -> float:
+    """Gradients down, weights up, and Adam's 28 bytes a weight (four read, three written) in the host's memory."""
+    a, model = setup.precision.weights, setup.model
+    adapter = setup.part(model.adapter(setup.lora_rank))
+    generator = adapter if setup.generator_lora else setup.part(model.weights())
+    offloaded = (generator / setup.generator_every if setup.generator_zero.offload_optimizer else 0) + (
+        adapter if setup.fake_score_zero.offload_optimizer else 0
+    )
+    return offloaded * (2 * a / machine.pcie + 28 * min(setup.gpus, machine.gpus_per_node) / HOST_BYTES_A_SECOND)

@@ -1,0 +1,375 @@
+"""Memory a GPU: every term has a cause that was seen alive at a measured peak, and none was fitted.
+
+Bytes throughout. Tokens n of this rank, batch b, model width D, feed-forward width F; `u` = b n D. `a` is the bytes of a weight
+or activation. DeepSpeed 0.19.8 and torch 2.13 are the sources of what is kept; the order of a block is that of diffusers'
+WanTransformerBlock with the processors of wan.denoiser.
+"""
+
+import dataclasses
+import math
+
+from dmd_ds.planner.sizes import Setup, Zero
+
+VAE_WEIGHTS = 126_892_531  # of Wan2.1's AutoencoderKLWan, kept in float32
+VAE_CHANNELS = 96  # of its decoder at full resolution
+ROPE_POSITIONS = 1024
+GAN_TAPS = 3  # blocks whose features the head reads
+
+Terms = dict[str, float]
+
+
+def merged(*parts: Terms) -> Terms:
+    out: Terms = {}
+    for part in parts:
+        for name, size in part.items():
+            out[name] = out.get(name, 0) + size
+    return {name: size for name, size in out.items() if size}
+
+
+# ---- what is there all the time ---------------------------------------------------------------------------------------
+
+
+def trained(setup: Setup, who: str, weights: list[int], zero: Zero) -> Terms:
+    """Of weights that an engine trains, this rank's part: weights, a float32 copy (on the CPU too), Adam's two moments, gradients."""
+    part, a = setup.part(weights), setup.precision.weights
+    states = {f"{who}: fp32 master weights": 4 * part, f"{who}: Adam moments": 8 * part, f"{who}: gradients": a * part}
+    return {f"{who}: weights": a * part, **({} if zero.offload_optimizer else states)}
+
+
+def gan_head(setup: Setup) -> list[int]:
+    """Planned, not built: a tap attends to its block's tokens with one learned query (four D x D layers), then D -> D -> 1."""
+    D = setup.model.width
+    return GAN_TAPS * [D * D, D * D, D * D, D * D, D] + [GAN_TAPS * D * D, D] if setup.gan else []
+
+
+def generator_trained(setup: Setup) -> list[int]:
+    return setup.model.adapter(setup.lora_rank) if setup.generator_lora else setup.model.weights()
+
+
+def buffers(setup: Setup) -> Terms:
+    """One bucket an engine that gradients are laid into (contiguous_gradients), and the weights too small to be cut up."""
+    a = setup.precision.weights
+    zeros = (setup.generator_zero, setup.fake_score_zero)
+    small = 0
+    for zero, adapter in zip(zeros, (setup.generator_lora, True), strict=True):
+        weights = setup.model.weights() + (setup.model.adapter(setup.lora_rank) if adapter else [])
+        small += sum(numel for numel in weights if numel <= zero.persistence)
+    return {
+        "gradient buckets": a * sum(zero.reduce_bucket for zero in zeros),
+        "small weights kept whole": a * small if setup.gpus > 1 else 0,
+        "rotary tables": 2 * 2 * ROPE_POSITIONS * setup.model.head_dim * 4,
+    }
+
+
+def always(setup: Setup) -> Terms:
+    """What a rank holds between two steps."""
+    model, a = setup.model, setup.precision.weights
+    base = a * setup.part(model.weights())
+    frozen = {"generator: frozen weights": base} if setup.generator_lora else {}
+    everything = model.weights() if not setup.generator_lora else generator_trained(setup)
+    return merged(
+        frozen,
+        trained(setup, "generator", generator_trained(setup), setup.generator_zero),
+        {"score: frozen base": base},
+        trained(setup, "fake score LoRA", model.adapter(setup.lora_rank), setup.fake_score_zero),
+        trained(setup, "GAN head", gan_head(setup), setup.fake_score_zero),
+        {"EMA of the generator, fp32": 4 * setup.part(everything) if setup.ema else 0},
+        {"VAE of validation, fp32": 4 * VAE_WEIGHTS if setup.validation else 0},
+        buffers(setup),
+    )
+
+
+# ---- one block --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What one block holds while it runs; `lora`: an adapter lies over its layers, and nothing but that is trained."""
+
+    setup: Setup
+    batch: int
+    lora: bool
+
+    @property
+    def u(self) -> int:
+        return self.batch * self.setup.rank_tokens * self.setup.model.width
+
+    @property
+    def a(self) -> int:
+        return self.setup.precision.weights
+
+    @property
+    def copy(self) -> int:
+        """Bytes of the float32 copy that `.float()` makes; of a float32 tensor it makes none."""
+        return 4 if self.a != 4 else 0
+
+    @property
+    def product(self) -> int:
+        """A norm of q or k that is not one kernel keeps the normed tensor for the gradient of its weight."""
+        return 4 if not self.setup.precision.accelerator and not self.lora else 0
+
+    @property
+    def wide(self) -> float:
+        """F / D."""
+        return self.setup.model.ffn / self.setup.model.width
+
+    @property
+    def around(self) -> float:
+        """Held by every forward: the rotary embedding of these tokens, the text after its projection."""
+        model, a = self.setup.model, self.a
+        return 2 * self.setup.rank_tokens * model.head_dim * 4 + self.batch * self.setup.text_tokens * model.width * a
+
+    def forward(self) -> float:
+        """Most that a forward without gradient holds, its input with it."""
+        a = self.a
+        # input, cross-attention's output, stream, its norm; the feed-forward before and after GELU, or three parts of a LoRA sum
+        feed_forward = 4 * a + (3 if self.lora else 2) * a * self.wide
+        # the last sum in float32: stream and feed-forward are copied, then product and sum
+        last_sum = 5 * a + max(2 * self.copy + 4, self.copy + 8)
+        moments = [feed_forward, last_sum]
+        if self.setup.ulysses > 1:
+            # input, norm, q, k, v; q exchanged, k and v joined, and that twice more on its way through the all-to-all
+            moments.append(12 * a)
+        if self.setup.ring > 1:
+            # as before, with exchanged q, k, v; arriving k and v; float32 result, the block's own, and their sum
+            moments.append(8 * a + 2 * a + 8 + a)
+        return self.u * max(moments) + self.around
+
+    # What autograd keeps of one block, in bytes of u. Without LoRA gradients also flow to norms' scales and gates.
+
+    def kept_attention(self) -> float:
+        a, whole = self.a, 0 if self.lora else 1
+        queries = 2 * (2 * a + self.product)  # q and k: before their norm, after the rotation
+        exchanged = a if self.setup.ulysses > 1 else 0  # the result's, before and after it
+        return self.copy + 4 * whole + a + queries + a + a + exchanged + a * whole
+
+    def kept_cross_attention(self) -> float:
+        a = self.a
+        return 4 + a + 2 * a + self.product + a  # norm's input and output; q before and after its norm; the result
+
+    def kept_feed_forward(self) -> float:
+        a, whole = self.a, 0 if self.lora else 1
+        return 4 + 4 * whole + a + 2 * a * self.wide + 4 * whole  # norm's input and output, its cast; before, after GELU; the result
+
+    def kept_text(self) -> float:
+        """Keys and values of the text, bytes."""
+        return self.batch * self.setup.text_tokens * self.setup.model.width * (3 * self.a + self.product)
+
+    def kept_adapter(self) -> float:
+        """What lies between the two matrices of the adapters, bytes."""
+        tokens = 8 * self.setup.rank_tokens + 2 * self.setup.text_tokens
+        return self.batch * tokens * self.setup.lora_rank * self.a if self.lora else 0
+
+    def kept(self) -> float:
+        """All that one block keeps for its backward, bytes, without its input."""
+        shares = self.kept_attention() + self.kept_cross_attention() + self.kept_feed_forward()
+        log_sum_exp = 2 * 4 * self.batch * self.setup.rank_tokens * self.setup.model.heads
+        return self.u * shares + log_sum_exp + self.kept_text() + self.kept_adapter()
+
+    def graph(self) -> float:
+        """What all blocks together keep from forward to backward: their inputs, or everything."""
+        layers = self.setup.model.layers
+        if self.setup.checkpointing:
+            return layers * self.a * self.u
+        return layers * (self.kept() + (self.u * self.a if not self.copy else 0))
+
+    def before_last(self) -> float:
+        """The graph while the last block runs forward with gradient."""
+        return self.graph() * (1 - 1 / self.setup.model.layers)
+
+    def forward_with_graph(self) -> float:
+        """Most that the last block holds in a forward that is followed by a backward."""
+        return self.forward() if self.setup.checkpointing else max(self.forward(), self.kept() + self.u * self.a + self.around)
+
+    def last_layer(self) -> float:
+        """The last norm's input and output and the projection's input, kept until the backward begins."""
+        return self.u * ((4 + self.a) if self.lora else (8 + self.a))
+
+    def backward_moments(self) -> dict[str, tuple[float, float]]:
+        """(activations beside the graph, elements of weight gradients) at the turns of the last block's backward."""
+        u, a, model = self.u, self.a, self.setup.model
+        full = 0 if self.lora else 1
+        kept = self.kept() if self.setup.checkpointing else 0
+        feed_forward = u * self.kept_feed_forward()
+        behind = u * (self.kept_feed_forward() + self.kept_cross_attention()) + self.kept_text()
+        exchange = 4 * a if self.setup.ulysses > 1 else 0
+        ring = 4 + 3 * 8 + 2 * a if self.setup.ring > 1 else 0  # dq; dk and dv own, sent and arriving; k and v arriving
+        gradients = sum(model.block_weights()) * full
+        attention = 4 * model.width**2 * full
+        return {
+            # gradient of the last sum in float32, times gate and times result
+            "last sum": (kept + u * (a + self.copy + 4 + 4 * full), 0),
+            # gradients of stream, of the feed-forward's result, of what GELU made (twice with LoRA: by base and by adapter)
+            "feed-forward": (kept - 4 * full * u + u * (2 * a + (1 if full else 2) * a * self.wide), model.width * model.ffn * full),
+            # gradients of stream, result, q, and of the norm's four steps
+            "cross-attention": (kept - feed_forward + u * (2 * a + 4 * 4), gradients - 2 * attention + model.width**2 * full),
+            "attention": (kept - behind + u * (2 * a + 4 * a + exchange + ring), gradients - attention),
+            "block's end": (kept - behind - u * (self.kept_attention() - self.copy - a - 4 * full) + u * 3 * a, gradients),
+        }
+
+
+# ---- what is gathered -------------------------------------------------------------------------------------------------
+
+
+def gathered_forward(setup: Setup, lora: bool, zero: Zero) -> Terms:
+    """Whole weights in a forward. The generator's blocks are fetched at once, ahead of their use by what max_live_parameters
+    allows: each module's call starts another bucket of prefetch. The score's layers come one by one: its trace is dropped
+    at each change between real and fake phases, and prefetch with it."""
+    if setup.gpus == 1:
+        return {}
+    a, block = setup.precision.weights, sum(setup.model.block_weights())
+    if lora:
+        return {"gathered layer": a * 2 * max(setup.model.block_weights())}  # as it arrives and as it is cut
+    whole = setup.model.layers * block
+    bucket = min(zero.prefetch, whole)
+    ahead = min(zero.max_live + bucket, whole) if zero.prefetch else block
+    return {"gathered block": a * min(block + bucket, whole), "gathered ahead": a * ahead}
+
+
+def gathered_backward(setup: Setup) -> Terms:
+    """The block that runs again: fetched at once, or layer by layer and held until its backward ends."""
+    return {"gathered block": setup.precision.weights * sum(setup.model.block_weights()) if setup.gpus > 1 else 0}
+
+
+def reducing(setup: Setup, lora: bool, zero: Zero) -> float:
+    """The bucket's gradients laid out a rank after the other for the reduce-scatter."""
+    weights = setup.model.block_adapter(setup.lora_rank) if lora else setup.model.block_weights()
+    return setup.precision.weights * max(max(weights), min(zero.reduce_bucket, sum(weights)))
+
+
+# ---- a step, phase by phase -------------------------------------------------------------------------------------------
+
+
+def latents_bytes(setup: Setup, samples: float) -> Terms:
+    """So many float32 tensors of the size of the batch's latents."""
+    return {"latents and noise": 4 * samples * setup.batch * setup.model.out_channels * math.prod(setup.latents)}
+
+
+def backward_phases(setup: Setup, block: Block, name: str, zero: Zero, latents: Terms) -> dict[str, Terms]:
+    """The backward's turns, of which any may be the peak."""
+    phases = {}
+    a = setup.precision.weights
+    for moment, (activations, gradients) in block.backward_moments().items():
+        phases[f"{name} backward, {moment}"] = merged(
+            {"kept for the backward": block.graph(), "the block that runs again": activations + block.around},
+            {"gradients of a block": a * gradients},
+            {"gradients under reduction": reducing(setup, block.lora, zero) if moment == "block's end" else 0},
+            gathered_backward(setup),
+            latents,
+        )
+    return phases
+
+
+def optimizer_phase(setup: Setup, weights: list[int], zero: Zero) -> Terms:
+    """The largest sub-group's update: its gradients in float32, the root of the second moment, on the CPU a quotient too."""
+    if zero.offload_optimizer:
+        return {}
+    part, a = min(setup.part(weights), zero.sub_group), setup.precision.weights
+    copies = 2 if setup.precision.accelerator else 3
+    return {"update of a sub-group": part * max(4 * copies, a + 4)}
+
+
+def generator_phases(setup: Setup) -> dict[str, Terms]:
+    zero = setup.generator_zero
+    block = Block(setup, setup.batch, setup.generator_lora)
+    score = Block(setup, setup.score_parts * setup.batch, lora=True)
+    gathered = gathered_forward(setup, setup.generator_lora, zero)
+    graph = {"kept for the backward": block.graph() + block.last_layer()}
+    parts = setup.score_parts
+    phases = {
+        "generator: rollout without gradient": merged(gathered, {"a block's forward": block.forward()}, latents_bytes(setup, 3)),
+        # of the last block, whose input is part of the graph
+        "generator: exit forward": merged(
+            gathered,
+            {"kept for the backward": block.before_last()},
+            {"a block's forward": block.forward_with_graph()},
+            latents_bytes(setup, 3),
+        ),
+        "generator: scores without gradient": merged(
+            gathered_forward(setup, True, setup.fake_score_zero),
+            graph,
+            {"rotary of the exit forward": block.around},
+            {"a block's forward, scores": score.forward()},
+            latents_bytes(setup, 2 * parts + 4),
+        ),
+        **backward_phases(setup, block, "generator:", zero, latents_bytes(setup, parts + 6)),
+        "generator: optimiser": merged(optimizer_phase(setup, generator_trained(setup), zero), latents_bytes(setup, parts + 5)),
+    }
+    if setup.gan:
+        features = Block(setup, setup.batch, lora=True)  # gradients flow through the score's base to x0, the generator's graph waits
+        waiting = merged(graph, latents_bytes(setup, parts + 6))
+        phases |= backward_phases(setup, features, "generator: GAN", setup.fake_score_zero, waiting)
+    return phases
+
+
+def fake_score_phases(setup: Setup) -> dict[str, Terms]:
+    zero = setup.fake_score_zero
+    rollout = Block(setup, setup.batch, setup.generator_lora)
+    batch = 2 * setup.batch if setup.gan else setup.batch  # the head also sees real samples
+    block = Block(setup, batch, lora=True)
+    return {
+        "fake score: rollout without gradient": merged(
+            gathered_forward(setup, setup.generator_lora, setup.generator_zero),
+            {"a block's forward": rollout.forward()},
+            latents_bytes(setup, 3),
+        ),
+        "fake score: forward": merged(
+            gathered_forward(setup, True, zero),
+            {"kept for the backward": block.before_last()},
+            {"a block's forward": block.forward_with_graph()},
+            latents_bytes(setup, 5),
+        ),
+        **backward_phases(setup, block, "fake score:", zero, latents_bytes(setup, 5)),
+        "fake score: optimiser": merged(
+            optimizer_phase(setup, setup.model.adapter(setup.lora_rank) + gan_head(setup), zero), latents_bytes(setup, 5)
+        ),
+    }
+
+
+def validation_phases(setup: Setup) -> dict[str, Terms]:
+    """Decoding one clip: the video grows, and at each step is copied to its new length; four frames at full resolution run
+    through three residual blocks, in float32."""
+    if not setup.validation:
+        return {}
+    frames, height, width = setup.latents[0] * 4 - 3, setup.latents[1] * 8, setup.latents[2] * 8
+    four = 4 * height * width * 4 * VAE_CHANNELS
+    # input, norm, its padded copy of six frames, result; two frames of each of seven convolutions' inputs are kept
+    return {
+        "validation: decoding": {
+            "a residual block of the VAE": four * (1 + 1 + 1.5 + 1),
+            "frames the VAE's convolutions keep": four / 4 * 2 * 7,
+            "video": 2 * 3 * frames * height * width * 4,
+        }
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU by cause: between steps, and what each phase adds."""
+
+    always: Terms
+    phases: dict[str, Terms]
+
+    @property
+    def standing(self) -> float:
+        return sum(self.always.values())
+
+    def of(self, phase: str) -> float:
+        return self.standing + sum(self.phases[phase].values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.of)
+
+    @property
+    def peak(self) -> float:
+        return self.of(self.peak_phase)
+
+    def step_peak(self, step: str) -> float:
+        """Of the phases whose name begins so: `generator`, `fake score`, `validation`."""
+        return max(self.of(phase) for phase in self.phases if phase.startswith(step))
+
+
+def memory(setup: Setup) -> Memory:
+    """`Setup` as it will be on the fullest GPU."""
+    return Memory(always(setup), {**generator_phases(setup), **fake_score_phases(setup), **validation_phases(setup)})
