@@ -55,13 +55,13 @@ def recipe_of(case: dict, folder: Path, mesh: Mesh) -> Recipe:
     )
 
 
-def measure(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
-    """Peaks of STEPS trainer steps, in bytes; the data and the prompts on the host are part of it."""
+def measure(recipe: Recipe, mesh: Mesh, steps: int) -> dict[str, float]:
+    """Peaks of so many trainer steps, in bytes; the data and the prompts on the host are part of it."""
     with LiveBytes() as live:
         trainer = Trainer(check_inputs(recipe), mesh)
         gc.collect()
         peaks = {"generator": 0, "fake score": 0}
-        for step in range(STEPS):
+        for step in range(steps):
             batch = trainer.batch(step)
             for name, run in (("generator", trainer.dmd2.generator_step), ("fake score", trainer.dmd2.fake_score_step)):
                 live.reset()
@@ -102,7 +102,7 @@ def main(folder: Path) -> None:
     with joined(Parallel(ulysses=cases[0].get("ulysses", 1), ring=cases[0].get("ring", 1))) as mesh:
         for number, case in enumerate(cases):
             recipe = recipe_of(case, folder / f"case_{number}", mesh)
-            measured = measure(recipe, mesh)
+            measured = measure(recipe, mesh, case.get("steps", STEPS))
             found.append({"case": case, "measured": measured, "planned": planned(recipe, case, mesh.world_size, 8)})
     if mesh.is_first:
         (folder / "measured.json").write_text(json.dumps(found))
