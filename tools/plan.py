@@ -4,7 +4,8 @@
     python tools/plan.py t2v_14b_480p --gpus 8 [--gpu-memory 80] [key=value ...]
 
 Needs no weights, no data and no GPU. The memory is exact where the model is measured (tests/distributed/test_planner_accuracy.py);
-an allocator's fragments, NCCL's buffers and the CUDA context come on top: leave 5 GB. Seconds are estimates for comparison.
+CUDA's context, NCCL's buffers and the allocator's fragments come on top, for which --reserve is left. Seconds are estimates for
+comparison: of one setting with another, of one machine with another.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def describe(found: Plan, machine: Machine) -> str:
     latents = "x".join(map(str, setup.latents))
     phases = [f"  {memory.of(phase) / GB:>9.2f}  {phase}" for phase in memory.phases]
     moved = collectives(setup)
-    fits = "fits" if memory.peak <= machine.memory else "does NOT fit"
+    fits = "fits" if memory.peak <= machine.usable else "does NOT fit"
     return "\n".join(
         [
             f"{sum(setup.model.weights()) / 1e9:.2f} B weights, latents {latents}, {setup.tokens:,} tokens; {setup.gpus} GPUs = data "
@@ -62,7 +63,7 @@ def describe(found: Plan, machine: Machine) -> str:
             *phases,
             "",
             table(f"on top at the peak, in {memory.peak_phase!r}", memory.phases[memory.peak_phase]),
-            f"peak {memory.peak / GB:.2f} GB a GPU: {fits} into {machine.memory / GB:.0f} GB",
+            f"peak {memory.peak / GB:.2f} GB a GPU: {fits} into {machine.memory / GB:.0f} GB less {machine.reserve / GB:.0f} in reserve",
             "",
             table("GB a GPU sends a step", {name: size for name, size in moved.items() if size}),
             f"  {between_nodes(setup, machine) / GB:>9.2f}  of these between nodes",
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--gpu-memory", type=float, default=80, help="GB a GPU")
+    parser.add_argument("--reserve", type=float, default=5, help="GB of it left free")
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--height", type=int, help="480, or 720 where the recipe's name says 720p")
@@ -128,10 +130,10 @@ def main() -> None:
         if setup.a_sample > a.gpus_per_node:
             raise UserError(f"a sample over {setup.a_sample} GPUs is more than the {a.gpus_per_node} of --gpus-per-node")
     rates = {"flops": a.gpu_tflops * 1e12, "mfu": a.mfu, "nvlink": a.nvlink_gbs * GB, "network": a.network_gbs * GB}
-    machine = Machine(gpus_per_node=a.gpus_per_node, memory=a.gpu_memory * GB, **rates)
+    machine = Machine(gpus_per_node=a.gpus_per_node, memory=a.gpu_memory * GB, reserve=a.reserve * GB, **rates)
     own, best = plan(setup, machine), advice(setup, machine)
     print(describe(own, machine))
-    print(f"\ncheapest that fit into {a.gpu_memory:.0f} GB, by seconds a sample")
+    print(f"\ncheapest that fit into {machine.usable / GB:.0f} GB, by seconds a sample")
     for name, found in best.items():
         numbers = f"{found.memory.peak / GB:.1f} GB, {found.seconds_a_sample:.2f} s: {' '.join(found.keys())}" if found else "none"
         print(f"  {name}: {numbers}")

@@ -54,8 +54,8 @@ def candidates(setup: Setup, machine: Machine) -> Iterator[Setup]:
 
 
 def cheapest(setup: Setup, machine: Machine, whole_generator: bool) -> Plan | None:
-    """The least seconds a sample of what fits into the machine's memory; `whole_generator` keeps the generator's own weights
+    """The least seconds a sample of what fits into the machine's usable memory; `whole_generator` keeps the generator's own weights
     trained, since LoRA is another result and not only another cost."""
     plans = (plan(one, machine) for one in candidates(setup, machine) if not (whole_generator and one.generator_lora))
-    fitting = [one for one in plans if one.memory.peak <= machine.memory]
+    fitting = [one for one in plans if one.memory.peak <= machine.usable]
     return min(fitting, key=lambda one: (one.seconds_a_sample, one.memory.peak)) if fitting else None

@@ -13,15 +13,21 @@ HOST_BYTES_A_SECOND = 100e9  # memory of a node's host, shared by its GPUs: what
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """`nvlink` a GPU, `network` a node, `pcie` a GPU; `flops` of a GPU at its peak, of which `mfu` is reached."""
+    """`nvlink` a GPU, `network` a node, `pcie` a GPU; `flops` of a GPU at its peak, of which `mfu` is reached.
+    Of `memory` the reserve is left to the CUDA context, NCCL's buffers and the allocator's fragments, which no tensor shows."""
 
     gpus_per_node: int = 8
     memory: float = 80e9
+    reserve: float = 5e9
     flops: float = 989e12
     mfu: float = 0.4
     nvlink: float = 400e9
     network: float = 400e9
     pcie: float = 25e9
+
+    @property
+    def usable(self) -> float:
+        return self.memory - self.reserve
 
 
 @dataclasses.dataclass(frozen=True)
