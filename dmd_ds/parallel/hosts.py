@@ -86,26 +86,38 @@ def machine() -> str:
 
 
 class RollCall:
-    """Where the ranks of a job meet: a store on rank 0's machine, in which every rank counts up for as long as it lives."""
+    """Where the ranks of a job meet: a store on rank 0's machine, in which every rank counts up until it closes its call.
+
+    A rank that is about to end closes first: the interpreter must not go away under a thread that is inside the store.
+    """
 
     BEAT_S = 0.5
     LISTEN_S = 8.0  # long enough for a rank that is busy, short enough for one who waits
 
     def __init__(self, rank: int, world_size: int, timeout_s: float):
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
             self.store = dist.TCPStore(address, port, world_size, rank == 0, timedelta(seconds=timeout_s), wait_for_workers=False)
         except dist.DistError as error:
             what = "cannot be opened" if rank == 0 else f"did not answer within {timeout_s:g} s"
             raise UserError(f"{address}:{port}, where the ranks meet, {what}: {str(error).splitlines()[0]}") from error
-        threading.Thread(target=self._beat, name="roll call", daemon=True).start()
-        deadline = time.monotonic() + timeout_s
-        missing = range(world_size)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="roll call", daemon=True)
+        self._thread.start()
+
+    def wait_for_all(self) -> None:
+        """Returns when every rank has come; `UserError` names those that have not when the time is up."""
+        deadline = time.monotonic() + self.timeout_s
+        missing = range(self.world_size)
         while missing := [rank for rank in missing if not self.store.check([self._key(rank)])]:
             if time.monotonic() > deadline:
-                raise UserError(f"no answer within {timeout_s:g} s (parallel.join_timeout) from {self._named(missing)}")
+                raise UserError(f"no answer within {self.timeout_s:g} s (parallel.join_timeout) from {self._named(missing)}")
             time.sleep(0.2)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(self.LISTEN_S)  # a store that is out of reach may keep it longer; then the job has failed anyway
 
     @staticmethod
     def _key(rank: int) -> str:
@@ -114,9 +126,9 @@ class RollCall:
     def _beat(self) -> None:
         store = self.store.clone()  # a connection of its own: the main thread may wait in the other
         with contextlib.suppress(dist.DistError):  # rank 0 is gone, and the store with it
-            while True:
+            store.add(self._key(self.rank), 1)
+            while not self._closed.wait(self.BEAT_S):
                 store.add(self._key(self.rank), 1)
-                time.sleep(self.BEAT_S)
 
     def _named(self, ranks: Iterable[int]) -> str:
         return ", ".join(f"rank {rank} on {host_of_rank(rank)}" for rank in ranks)

@@ -164,18 +164,19 @@ def joined(parallel: Parallel):
             raise UserError(f"{host_of_rank(rank)} has {count} accelerators, and slots for at least {local_rank + 1} in the hostfile")
         get_accelerator().set_device(local_rank)
     backend = get_accelerator().communication_backend_name()
-    roll_call = RollCall(rank, size, parallel.join_timeout)
-    with naming_the_lost(roll_call):
-        dist.init_process_group(backend, timeout=TIMEOUT, store=dist.PrefixStore("world", roll_call.store), rank=rank, world_size=size)
-        deepspeed.init_distributed(verbose=False)
-        mesh = Mesh(
-            rank=rank,
-            world_size=size,
-            device=torch.device(get_accelerator().device_name(local_rank)),
-            ulysses=parallel.ulysses,
-            ring=parallel.ring,
-            **sample_groups(parallel, rank, local_rank, size, backend),
-        )
-        check_one_machine_a_sample(mesh.all_gather_objects(machine()), mesh.sequence_size)
-        yield mesh
-    dist.destroy_process_group()
+    with contextlib.closing(RollCall(rank, size, parallel.join_timeout)) as roll_call:
+        roll_call.wait_for_all()
+        with naming_the_lost(roll_call):
+            dist.init_process_group(backend, timeout=TIMEOUT, store=dist.PrefixStore("world", roll_call.store), rank=rank, world_size=size)
+            deepspeed.init_distributed(verbose=False)
+            mesh = Mesh(
+                rank=rank,
+                world_size=size,
+                device=torch.device(get_accelerator().device_name(local_rank)),
+                ulysses=parallel.ulysses,
+                ring=parallel.ring,
+                **sample_groups(parallel, rank, local_rank, size, backend),
+            )
+            check_one_machine_a_sample(mesh.all_gather_objects(machine()), mesh.sequence_size)
+            yield mesh
+        dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """A job that cannot be laid out is refused in one line with the arithmetic in it, before any model is loaded."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,20 @@ def test_a_launch_that_cannot_be_ends_in_one_line(tmp_path, launcher, recipe, me
     errors = [line for line in (done.stdout + done.stderr).splitlines() if "error: " in line]
     assert done.returncode != 0 and len(errors) == 1 and errors[0].endswith(message), done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("leaves", ["", "raise UserError('early')"], ids=["at the end", "by an error"])
+def test_a_rank_ends_with_nobody_left_in_the_store(leaves):
+    """A thread that is inside the store when the interpreter goes away takes the process down with SIGABRT."""
+    script = f"""
+from dmd_ds.errors import UserError, one_line_errors
+from dmd_ds.parallel.hosts import RollCall
+from dmd_ds.parallel.mesh import joined
+from dmd_ds.recipe import Parallel
+RollCall.BEAT_S = 0
+with one_line_errors(), joined(Parallel()):
+    {leaves or "pass"}
+"""
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert ended.returncode == (2 if leaves else 0), ended.stderr
