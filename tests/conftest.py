@@ -20,6 +20,7 @@ def run(tmp_path_factory) -> Path:
     return Path(recipe.output_dir)
 
 
+@pytest.fixture(scope="session")
 def mini_image_model(tmp_path_factory):
     """A diffusers folder of the mini image-to-video Wan; read only."""
     return make_image_pipeline(tmp_path_factory.mktemp("mini_image") / "model")
