@@ -129,7 +129,7 @@ def test_the_adapter_covers_the_image_attention_and_scores_stay_apart(inputs, im
     for name, parameter in denoiser.named_parameters():
         if "add_v_proj.lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    mixed = denoiser(x, sigma, text, torch.tensor([1.0, 0.0, 1.0]), image)
+    mixed = denoiser(x, sigma, text, torch.tensor([1.0, 0.0, 1.0]), image=image)
     base = image_denoiser()(x, sigma, text, image=image)
     torch.testing.assert_close(mixed[1], base[1], atol=1e-6, rtol=1e-5)
     assert (mixed - base)[[0, 2]].abs().amax((1, 2, 3, 4)).min() > 1e-3
