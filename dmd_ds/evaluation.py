@@ -51,7 +51,7 @@ def evaluate(
     if reference_NF is not None:
         features_NF = np.stack([moving_shapes.features(video) for video in videos])
         numbers["frechet"] = moving_shapes.frechet_distance(features_NF, reference_NF)
-    return Evaluation(videos, {**numbers, "seconds": seconds, "evaluations": settings.evaluations})
+    return Evaluation(videos, {**numbers, "seconds": seconds, "evaluations": model.evaluations(settings)})
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

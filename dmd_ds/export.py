@@ -22,7 +22,8 @@ from dmd_ds.errors import UserError
 from dmd_ds.generation import Settings, write_settings
 from dmd_ds.recipe import Recipe, load_recipe
 from dmd_ds.sampler import few_step_scheduler, few_step_sigmas
-from dmd_ds.wan.original import original_config, to_original
+from dmd_ds.wan.guidance import FOLDED_INTO, folded_bias, has_guidance_embedding
+from dmd_ds.wan.original import GUIDANCE, original_config, to_original
 from dmd_ds.wan.weights import (
     Spec,
     Stored,
@@ -48,14 +49,39 @@ class Student:
     base: Path
     base_tensors: dict[str, Stored]
     weights: ZeroWeights
+    guidance: float | None = None  # folded into the time embedding, None where nothing was
+
+    @property
+    def names(self) -> list[str]:
+        names = [name.removeprefix(PREFIX) for name in self.weights.shapes]
+        return names if self.guidance is None else [name for name in names if not name.startswith(GUIDANCE)]
+
+    @property
+    def takes_guidance(self) -> bool:
+        return has_guidance_embedding(self.names)
 
     @property
     def specs(self) -> dict[str, Spec]:
-        """Its tensors, stored in the types of the base model's."""
-        return {name: Spec(tensor.shape, tensor.dtype) for name, tensor in self.base_tensors.items()}
+        """Its tensors, stored in the types of the base model's; a fresh guidance embedding in that of the time embedding."""
+        shapes, like = self.weights.shapes, self.base_tensors[FOLDED_INTO]
+        return {name: Spec(shapes[PREFIX + name], self.base_tensors.get(name, like).dtype) for name in self.names}
+
+    def folded(self, guidance: float | None = None) -> "Student":
+        """The stock Wan2.1 that this student is at one guidance, by default the one it was trained at; itself without an embedding."""
+        if not self.takes_guidance:
+            return self
+        return dataclasses.replace(self, guidance=self.recipe.score.guidance if guidance is None else guidance)
 
     def read(self, name: str) -> torch.Tensor:
+        if name == FOLDED_INTO and self.guidance is not None:
+            return folded_bias(lambda name: self.weights.read(PREFIX + name), self.guidance)
         return self.weights.read(PREFIX + name)
+
+    def read_base(self, name: str) -> torch.Tensor:
+        """The base's tensor, with the same guidance folded into it."""
+        if name == FOLDED_INTO and self.guidance is not None and has_guidance_embedding(self.base_tensors):
+            return folded_bias(lambda name: self.base_tensors[name].read(), self.guidance).float()
+        return self.base_tensors[name].read().float()
 
 
 def find_student(source: Path, model: str | None = None) -> Student:
@@ -67,6 +93,8 @@ def find_student(source: Path, model: str | None = None) -> Student:
     base = find_model(model or recipe.model.path)
     weights, base_tensors = ZeroWeights(folder / "generator"), transformer_tensors(base / "transformer")
     strange = base_tensors.keys() ^ {name.removeprefix(PREFIX) for name in weights.shapes}
+    if not has_guidance_embedding(base_tensors):
+        strange = {name for name in strange if not name.startswith(GUIDANCE)}
     if strange:
         raise UserError(f"{folder / 'generator'}: its tensors are not those of {base}; {min(strange)} is in one of them only")
     return Student(recipe, checkpoint.read_state(folder), base, base_tensors, weights)
@@ -96,6 +124,7 @@ def pipeline_class(base: Path) -> str:
 def model_card(student: Student, use: str) -> str:
     task = {"WanPipeline": "text-to-video", "WanImageToVideoPipeline": "image-to-video"}[pipeline_class(student.base)]
     recipe, sampling, video = student.recipe, student.recipe.sampling, student.state["video"]
+    folded = "" if student.guidance is None else f"Its guidance embedding is folded at {student.guidance}.\n"
     timesteps = ", ".join(f"{1000 * sigma:.0f}" for sigma in few_step_sigmas(sampling)[:-1])
     return f"""---
 library_name: diffusers
@@ -105,6 +134,7 @@ pipeline_tag: {task}
 
 Distilled with DMD2 by dmd_ds from {recipe.model.path}; data {recipe.data.path}; {student.state["step"]} fake-score updates,
 a generator update every {recipe.fake_score.updates_per_generator_update}; the teacher's guidance of {recipe.score.guidance} is built in.
+{folded}
 
 {use}
 
@@ -114,7 +144,8 @@ without guidance, at the timesteps {timesteps}, noised afresh between them. The 
 
 
 def to_diffusers(student: Student, out: Path, largest_file: int = 5 * 10**9) -> None:
-    """A whole diffusers pipeline; its scheduler samples as the student was trained."""
+    """A whole diffusers pipeline, whose scheduler samples as the student was trained. Stock: a guidance embedding is folded."""
+    student = student.folded()
     video, recipe = student.state["video"], student.recipe
     with whole_folder(out) as folder:
         ours = {"transformer", "scheduler", "README.md"}
@@ -141,7 +172,7 @@ def to_diffusers(student: Student, out: Path, largest_file: int = 5 * 10**9) -> 
 
 
 def to_wan(student: Student, out: Path, largest_file: int = 5 * 10**9) -> None:
-    """The denoiser as an original Wan2.1 folder has it: config.json and weights under the original names."""
+    """The denoiser as an original Wan2.1 folder has it: config.json and weights under the original names, a guidance embedding's too."""
     names = {to_original(name): name for name in student.specs}
     with whole_folder(out) as folder:
         (folder / "config.json").write_text(json.dumps(original_config(transformer_config(student.base)), indent=2) + "\n")
@@ -151,7 +182,8 @@ def to_wan(student: Student, out: Path, largest_file: int = 5 * 10**9) -> None:
 
 
 def to_comfyui(student: Student, out: Path) -> None:
-    """One file under the original names, for ComfyUI's models/diffusion_models."""
+    """One file under the original names, for ComfyUI's models/diffusion_models. Stock: a guidance embedding is folded."""
+    student = student.folded()
     names = {to_original(name): name for name in student.specs}
     with whole_folder(out) as folder:
         specs = {new: student.specs[name] for new, name in names.items()}
@@ -179,24 +211,28 @@ def low_rank(delta_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def to_lora(student: Student, out: Path, rank: int = 64) -> LoraError:
-    """The difference to the base as a LoRA for diffusers' `load_lora_weights` and ComfyUI, by singular values."""
+    """The difference to the base as a LoRA for diffusers' `load_lora_weights` and ComfyUI, by singular values.
+
+    Guidance embeddings are folded, the student's and the base's.
+    """
+    student = student.folded()
     tensors: dict[str, torch.Tensor] = {}
     of_matrices = missed = unreached = 0.0
-    for name, stored in student.base_tensors.items():
-        delta = student.read(name) - stored.read().float()
+    for name, spec in student.specs.items():
+        delta = student.read(name) - student.read_base(name)
         if not ADAPTED.fullmatch(name):
             unreached += float(delta.square().sum())
             continue
         module, _, kind = to_original(name).rpartition(".")
         key = f"diffusion_model.{module}"
         if kind == "bias":
-            tensors[f"{key}.diff_b"] = delta.to(stored.dtype)
+            tensors[f"{key}.diff_b"] = delta.to(spec.dtype)
             continue
         A, B = low_rank(delta, rank)
         of_matrices += float(delta.square().sum())
         missed += float((delta - B @ A).square().sum())
-        tensors[f"{key}.lora_A.weight"] = A.to(stored.dtype).contiguous()
-        tensors[f"{key}.lora_B.weight"] = B.to(stored.dtype).contiguous()
+        tensors[f"{key}.lora_A.weight"] = A.to(spec.dtype).contiguous()
+        tensors[f"{key}.lora_B.weight"] = B.to(spec.dtype).contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(float(len(A)))
     error = LoraError(math.sqrt(missed / of_matrices), math.sqrt(unreached / (of_matrices + unreached)))
     with whole_folder(out) as folder:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers import UniPCMultistepScheduler
 from pydantic import Field, ValidationError
 
 from dmd_ds.data.latents import pad_embeds
@@ -14,9 +14,10 @@ from dmd_ds.recipe import Positive, Sampling, Section, explain
 from dmd_ds.sampler import Velocity, few_step_sigmas, few_step_x0, guided, scheduler_sample
 from dmd_ds.wan.autoencoder import SPACE_STRIDE, TIME_STRIDE, decode, load_autoencoder
 from dmd_ds.wan.denoiser import WHOLE_SEQUENCE, ImageCondition, WanDenoiser, WholeSequence
+from dmd_ds.wan.guidance import takes_guidance
 from dmd_ds.wan.image import image_condition, load_image_encoder, show_first_frame
 from dmd_ds.wan.text import encode_prompts, load_text_encoder, padded_tokens
-from dmd_ds.wan.weights import find_model, takes_image, transformer_config
+from dmd_ds.wan.weights import find_model, takes_image, transformer_config, whole_transformer
 
 SETTINGS_FILE = "sampling.json"  # beside model_index.json, in the folders that this project writes
 
@@ -25,7 +26,7 @@ class Settings(Section):
     """How a model is sampled. The defaults are Wan2.1's own; a student's folder says what it was trained for."""
 
     steps: Positive = 50
-    guidance: float = Field(5.0, ge=0, description="Ho and Salimans' scale; 1 needs one evaluation a step, any other two")
+    guidance: float = Field(5.0, ge=0, description="Ho and Salimans' scale; 1 is the conditional model alone")
     few_step: Sampling | None = Field(None, description="the grid of a few-step student; None is the folder's own scheduler")
     frames: Positive = 81
     height: Positive = 480
@@ -38,11 +39,6 @@ class Settings(Section):
             return Settings.model_validate({**self.model_dump(), **{key: value for key, value in given.items() if value is not None}})
         except ValidationError as error:
             raise UserError(explain(error.errors()[0])) from error
-
-    @property
-    def evaluations(self) -> int:
-        """Forwards of the denoiser a video."""
-        return self.steps * (1 if self.guidance == 1.0 else 2)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -85,8 +81,13 @@ class VideoModel:
         self.vae = load_autoencoder(self.folder, device)
         self.image_encoder = load_image_encoder(self.folder, device) if takes_image(transformer_config(self.folder)) else None
         self.dtype = inference_dtype(device)
-        transformer = WanTransformer3DModel.from_pretrained(self.folder / "transformer", torch_dtype=self.dtype)
+        transformer = whole_transformer(self.folder / "transformer", self.dtype)
+        self.takes_guidance = takes_guidance(transformer)
         self.denoiser = WanDenoiser(transformer, sequence).to(device).eval().requires_grad_(False)
+
+    def evaluations(self, settings: Settings) -> int:
+        """Forwards of the denoiser a video: guidance doubles them where it is not embedded."""
+        return settings.steps * (1 if settings.guidance == 1.0 or self.takes_guidance else 2)
 
     def latents_shape(self, settings: Settings) -> tuple[int, int, int, int]:
         """`[C, T, H, W]` of the latents of a video of that size; `UserError` for a size the model cannot make."""
@@ -121,18 +122,22 @@ class VideoModel:
         *conditional, unconditional = encode_prompts(self.text, [*prompts, negative_prompt])
         tokens = padded_tokens(max(len(embed) for embed in [*conditional, unconditional]), self.dtype)
 
+        guidance_B = torch.full((len(prompts),), settings.guidance, device=self.device) if self.takes_guidance else None
+
         def velocity(embeds: list[torch.Tensor]) -> Velocity:
             padded = pad_embeds(embeds, tokens).to(self.device)
-            return lambda x, sigma_B: self.denoiser(x, sigma_B, padded, image=image)
+            return lambda x, sigma_B: self.denoiser(x, sigma_B, padded, guidance_B=guidance_B, image=image)
 
         def noise(k: int) -> torch.Tensor:
             draws = [Randomness(seed).normal(f"sample/{k}", 0, [0], shape) for seed in seeds]
             return torch.cat(draws).to(self.device)
 
-        both = guided(velocity(conditional), velocity([unconditional] * len(prompts)), settings.guidance)
+        field = velocity(conditional)
+        if not self.takes_guidance:
+            field = guided(field, velocity([unconditional] * len(prompts)), settings.guidance)
         if settings.few_step:
-            return few_step_x0(both, noise, few_step_sigmas(settings.few_step), settings.few_step.steps - 1)
-        return scheduler_sample(both, load_scheduler(self.folder), settings.steps, noise(0))
+            return few_step_x0(field, noise, few_step_sigmas(settings.few_step), settings.few_step.steps - 1)
+        return scheduler_sample(field, load_scheduler(self.folder), settings.steps, noise(0))
 
     def videos(
         self, prompts: list[str], seeds: list[int], settings: Settings, negative_prompt: str = "", image: ImageCondition | None = None

@@ -25,6 +25,7 @@ class Section(BaseModel):
 
 class Model(Section):
     path: str = Field(description="a diffusers Wan2.1 folder, or the name of one that ships in dmd_ds/assets")
+    guidance_embedding: bool = Field(False, description="gives a model that has none a guidance embedding, without effect at first")
 
 
 class Data(Section):

@@ -2,9 +2,11 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from dmd_ds import checkpoint
@@ -20,9 +22,18 @@ from dmd_ds.recipe import Optimizer, Recipe, dump_recipe
 from dmd_ds.sampler import few_step_sigmas
 from dmd_ds.validation import Validation
 from dmd_ds.wan.denoiser import WanDenoiser
+from dmd_ds.wan.guidance import add_guidance_embedding, fresh_weights, has_guidance_embedding
 from dmd_ds.wan.image import condition_of
 from dmd_ds.wan.text import padded_tokens
-from dmd_ds.wan.weights import empty_transformer, find_model, load_weights, renew_buffers, takes_image, transformer_config
+from dmd_ds.wan.weights import (
+    empty_transformer,
+    find_model,
+    load_weights,
+    renew_buffers,
+    takes_image,
+    transformer_config,
+    transformer_tensors,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +44,20 @@ class Inputs:
     model: Path
     dataset: LatentsDataset
     transformer_config: dict
+    guidance_embedding: Literal["none", "stored", "fresh"]
     ds_configs: dict[str, dict]
     resume_from: Path | None
     first_step: int
+
+    @property
+    def embedded_guidance(self) -> float | None:
+        """What the models are told, where they can be told."""
+        return None if self.guidance_embedding == "none" else self.recipe.score.guidance
+
+    @property
+    def two_pass_guidance(self) -> float:
+        """A fresh embedding tells the real score nothing yet, so its guidance takes two passes still."""
+        return 1.0 if self.guidance_embedding == "stored" else self.recipe.score.guidance
 
     def ranks(self) -> str:
         ulysses, ring = self.recipe.parallel.ulysses, self.recipe.parallel.ring
@@ -50,7 +72,8 @@ class Inputs:
         sigmas = " ".join(f"{sigma:.3f}" for sigma in few_step_sigmas(recipe.sampling))
         return (
             f"model {self.model}: {'image' if takes_image(config) else 'text'} to video, {config['num_layers']} layers, "
-            f"{config['num_attention_heads']} heads of {config['attention_head_dim']}\n"
+            f"{config['num_attention_heads']} heads of {config['attention_head_dim']}"
+            f"{'' if self.guidance_embedding == 'none' else f', {self.guidance_embedding} guidance embedding'}\n"
             f"data {self.dataset.folder}: {len(self.dataset)} samples, latents {shapes}\n"
             f"{self.ranks()} x batch {recipe.data.batch_size}; steps {self.first_step} to {recipe.max_steps}, "
             f"a generator update every {recipe.fake_score.updates_per_generator_update}; sigmas {sigmas}"
@@ -63,6 +86,8 @@ def check_inputs(recipe: Recipe) -> Inputs:
         raise UserError(f"score.sigma_min={recipe.score.sigma_min} is not below score.sigma_max={recipe.score.sigma_max}")
     model = find_model(recipe.model.path)
     config = transformer_config(model)
+    stored = has_guidance_embedding(transformer_tensors(model / "transformer"))
+    guidance_embedding = "stored" if stored else "fresh" if recipe.model.guidance_embedding else "none"
     check_degrees(recipe.parallel, config["num_attention_heads"])
     dataset = LatentsDataset(recipe.data.path)
     for shape in dataset.buckets():
@@ -86,7 +111,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
     if resume_from:
         checkpoint.check_same_recipe(resume_from, recipe)
         first_step = checkpoint.resumed_step(resume_from, world_size())
-    return Inputs(recipe, model, dataset, config, ds_configs, resume_from, first_step)
+    return Inputs(recipe, model, dataset, config, guidance_embedding, ds_configs, resume_from, first_step)
 
 
 def check_images(recipe: Recipe, dataset: LatentsDataset, config: dict) -> None:
@@ -105,9 +130,16 @@ def check_images(recipe: Recipe, dataset: LatentsDataset, config: dict) -> None:
 
 def build_denoiser(inputs: Inputs, ds_config: dict, sequence: SequenceParallel) -> WanDenoiser:
     """The model's denoiser, sharded over the ranks and loaded a tensor at a time."""
-    transformer = sharded_build(ds_config, lambda: empty_transformer(inputs.transformer_config))
+
+    def build() -> WanTransformer3DModel:
+        transformer = empty_transformer(inputs.transformer_config)
+        return transformer if inputs.guidance_embedding == "none" else add_guidance_embedding(transformer)
+
+    transformer = sharded_build(ds_config, build)
     renew_buffers(transformer)
-    load_weights(transformer, inputs.model / "transformer", shard)
+    shapes = {name: parameter.ds_shape for name, parameter in transformer.named_parameters()}
+    fresh = fresh_weights(shapes, inputs.recipe.seed) if inputs.guidance_embedding == "fresh" else {}
+    load_weights(transformer, inputs.model / "transformer", shard, fresh)
     return WanDenoiser(transformer, sequence, inputs.recipe.activation_checkpointing)
 
 
@@ -133,8 +165,17 @@ class Trainer:
             "fake_score": make_engine(score_model, inputs.ds_configs["fake_score"]),
         }
         negative_embeds_1LD = pad_embeds([self.dataset.negative_embeds_LD], self.prompt_tokens)
-        self.dmd2 = DMD2Engine(recipe, **self.engines, negative_embeds_1LD=negative_embeds_1LD, device=self.mesh.device)
-        self.validation = Validation(recipe, inputs.model, self.dataset, self.prompt_tokens, self.mesh) if recipe.validation.every else None
+        self.embedded_guidance = inputs.embedded_guidance
+        self.dmd2 = DMD2Engine(
+            recipe,
+            **self.engines,
+            negative_embeds_1LD=negative_embeds_1LD,
+            two_pass_guidance=inputs.two_pass_guidance,
+            device=self.mesh.device,
+        )
+        self.validation = None
+        if recipe.validation.every:
+            self.validation = Validation(recipe, inputs.model, self.dataset, self.prompt_tokens, inputs.embedded_guidance, self.mesh)
         self.first_step = inputs.first_step
         if inputs.resume_from:
             checkpoint.load(inputs.resume_from, self.engines)
@@ -149,7 +190,11 @@ class Trainer:
         places = self.mesh.samples(self.recipe.data.batch_size)
         mine = [indices[place] for place in places]
         embeds_BLD = pad_embeds([self.dataset.prompt_embeds(index) for index in mine], self.prompt_tokens)
-        return Batch(places, embeds_BLD.to(self.mesh.device), shape, condition_of(self.dataset, mine, self.mesh.device))
+        guidance_B = None
+        if self.embedded_guidance is not None:
+            guidance_B = torch.full((len(mine),), self.embedded_guidance, device=self.mesh.device)
+        image = condition_of(self.dataset, mine, self.mesh.device)
+        return Batch(places, embeds_BLD.to(self.mesh.device), shape, image, guidance_B)
 
     def train(self) -> None:
         for step in range(self.first_step, self.recipe.max_steps):

@@ -17,7 +17,8 @@ from dmd_ds.wan.image import condition_of
 
 
 class Validation:
-    def __init__(self, recipe: Recipe, model: Path, dataset: LatentsDataset, prompt_tokens: int, mesh: Mesh):
+    def __init__(self, recipe: Recipe, model: Path, dataset: LatentsDataset, prompt_tokens: int, guidance: float | None, mesh: Mesh):
+        """`guidance`: what a guidance-embedded generator is asked for, None for another."""
         self.mesh = mesh
         self.fps = dataset.fps
         self.randomness = Randomness(recipe.seed)
@@ -29,13 +30,14 @@ class Validation:
         each = -(-len(chosen) // mesh.data_size)
         self.mine = [place % len(chosen) for place in mesh.samples(each)]
         self.prompt_embeds = pad_embeds([dataset.prompt_embeds(chosen[i]) for i in self.mine], prompt_tokens).to(mesh.device)
+        self.guidance_B = None if guidance is None else torch.full((len(self.mine),), guidance, device=mesh.device)
         self.image = condition_of(dataset, [chosen[i] for i in self.mine], mesh.device)
 
     @torch.no_grad()
     def sample(self, generator: nn.Module, folder: Path) -> None:
         """Writes one mp4 a prompt and contact_sheet.png into the folder; all ranks call it."""
         latents = few_step_x0(
-            lambda x, sigma_B: generator(x, sigma_B, self.prompt_embeds, image=self.image),
+            lambda x, sigma_B: generator(x, sigma_B, self.prompt_embeds, guidance_B=self.guidance_B, image=self.image),
             lambda k: self.randomness.normal(f"validation/{k}", 0, self.mine, self.shape, self.mesh.device),
             self.sigmas,
             len(self.sigmas) - 2,

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Writes a trained generator in a format that others load.
 
-    python tools/export.py CHECKPOINT OUT --format diffusers|wan|comfyui|lora [--rank 64]
+    python tools/export.py CHECKPOINT OUT --format diffusers|wan|comfyui|lora [--rank 64] [--fold-guidance 5]
 
 diffusers: a whole pipeline. wan: config.json and weights under the original names. comfyui: one file for
 models/diffusion_models. lora: the difference to the base at a rank, for load_lora_weights and ComfyUI; prints what it leaves.
+A guidance embedding, which only wan's folders can hold, is folded in the others, at the guidance it was trained at or at
+--fold-guidance.
 """
 
 import argparse
@@ -22,12 +24,17 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--format", choices=[*FORMATS, "lora"], default="diffusers")
     parser.add_argument("--rank", type=int, default=64, help="of a LoRA (default: %(default)s)")
+    parser.add_argument("--fold-guidance", type=float, metavar="W", help="the guidance that a guidance-embedded student is fixed to")
     parser.add_argument("--model", help="the base model's folder, where it is not at the recipe's model.path any more")
     a = parser.parse_args()
     with one_line_errors():
         if a.rank < 1:
             raise UserError(f"--rank {a.rank}: must be at least 1")
         student = find_student(a.checkpoint, a.model)
+        if a.fold_guidance is not None:
+            if not student.takes_guidance:
+                raise UserError(f"{a.checkpoint}: has no guidance embedding to fold; leave --fold-guidance out")
+            student = student.folded(a.fold_guidance)
         if a.format == "lora":
             error = to_lora(student, a.out, a.rank)
             print(f"left over: {error.matrices:.2%} of the change in the matrices, {error.rest:.2%} of all change is in other weights")

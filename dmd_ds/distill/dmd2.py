@@ -35,10 +35,11 @@ class Batch:
     prompt_embeds_BLD: torch.Tensor
     latents_shape: tuple[int, int, int, int]  # [C, T, H, W]
     image: ImageCondition | None  # what an image-to-video model is shown
+    guidance_B: torch.Tensor | None  # what a guidance-embedded model is asked for
 
     def velocity_of(self, model: torch.nn.Module) -> Velocity:
         """The model's velocity under this batch's conditions."""
-        return lambda x, sigma_B: model(x, sigma_B, self.prompt_embeds_BLD, image=self.image)
+        return lambda x, sigma_B: model(x, sigma_B, self.prompt_embeds_BLD, guidance_B=self.guidance_B, image=self.image)
 
 
 def score_sigmas(uniform_B: torch.Tensor, score: Score) -> torch.Tensor:
@@ -57,7 +58,7 @@ def x0_of_scores(
     """Real (guided) and fake x0 of the same noised latents, `[B, C, T, H, W]` each.
 
     Fake, real conditional and real unconditional go through the base as one batch, so each of its layers is gathered once.
-    Guidance pushes away from the negative text; the image all of them see.
+    Guidance pushes away from the negative text; the image all of them see. At guidance 1 the unconditional pass is left out.
     """
     embeds = [batch.prompt_embeds_BLD, batch.prompt_embeds_BLD]
     if guidance != 1.0:
@@ -67,13 +68,17 @@ def x0_of_scores(
     adapter_weight[0] = 1.0
     x, sigma = x_BCTHW.repeat(parts, 1, 1, 1, 1), sigma_B.repeat(parts)
     image = batch.image.repeat(parts) if batch.image else None
-    velocity = score_model(x, sigma, torch.cat(embeds), adapter_weight.flatten(), image=image)
+    guidance_B = None if batch.guidance_B is None else batch.guidance_B.repeat(parts)
+    velocity = score_model(x, sigma, torch.cat(embeds), adapter_weight.flatten(), guidance_B=guidance_B, image=image)
     fake, real, *unconditional = flow.x0_from_velocity(x, velocity, sigma).chunk(parts)
     return (guided_x0(real, unconditional[0], guidance) if unconditional else real), fake
 
 
 class DMD2Engine:
-    """Coordinates the two engines. `negative_embeds_1LD` is the text that guidance pushes away from."""
+    """Coordinates the two engines. `negative_embeds_1LD` is the text that guidance pushes away from.
+
+    `two_pass_guidance`: how far it pushes; 1 where the real score has its guidance from an embedding, in one pass.
+    """
 
     def __init__(
         self,
@@ -81,12 +86,14 @@ class DMD2Engine:
         generator: deepspeed.DeepSpeedEngine,
         fake_score: deepspeed.DeepSpeedEngine,
         negative_embeds_1LD: torch.Tensor,
+        two_pass_guidance: float,
         device: torch.device,
     ):
         self.recipe = recipe
         self.generator = generator
         self.fake_score = fake_score
         self.negative_embeds_1LD = negative_embeds_1LD.to(device)
+        self.two_pass_guidance = two_pass_guidance
         self.device = device
         self.randomness = Randomness(recipe.seed)
         self.sigmas = few_step_sigmas(recipe.sampling)
@@ -120,8 +127,7 @@ class DMD2Engine:
         with torch.no_grad():
             leaf_BCTHW = x0_BCTHW.detach()
             x_BCTHW, _, sigma_B = self.noised(leaf_BCTHW, batch, step, "generator")
-            guidance = self.recipe.score.guidance
-            real, fake = x0_of_scores(self.fake_score.module, x_BCTHW, sigma_B, batch, self.negative_embeds_1LD, guidance)
+            real, fake = x0_of_scores(self.fake_score.module, x_BCTHW, sigma_B, batch, self.negative_embeds_1LD, self.two_pass_guidance)
             loss, dloss_dx0 = distribution_matching_loss(distribution_matching_gradient(leaf_BCTHW, real, fake))
         self.generator.backward((x0_BCTHW * dloss_dx0).sum())  # the derivative of this scalar is dL/dx0 itself
         set_lr(self.generator, self.recipe.generator, step // self.recipe.fake_score.updates_per_generator_update)

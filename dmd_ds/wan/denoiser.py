@@ -18,6 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dmd_ds.wan.guidance import takes_guidance
+
 TEXT_TOKENS = 512  # Wan2.1 pads its text with zeros to this length, and attends to the padding
 ADAPTER = "fake_score"
 ADAPTER_TARGETS = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)|ffn\.net\.(0\.proj|2))"
@@ -198,11 +200,12 @@ class WanDenoiser(nn.Module):
 
         `x_BCTHW`: noised latents; `sigma_B`: noise level in [0, 1]; `prompt_embeds_BLD`: text padded with zeros to 512
         tokens, or trimmed to fewer of which the last is padding. `adapter_weight_B`: how much of the LoRA each sample
-        sees (None: all of it). `guidance_B`: the guidance each sample asks for, of a guidance-embedded model. `image`: for an
-        image-to-video model, and for no other.
+        sees (None: all of it). `guidance_B`: the guidance each sample asks for, for a guidance-embedded model and for no
+        other; `image` likewise for an image-to-video model.
         """
         wan = self.transformer
         assert (image is None) == (wan.config.image_dim is None)
+        assert (guidance_B is None) != takes_guidance(wan)
         p_t, p_h, p_w = wan.config.patch_size
         T, H, W = (size // patch for size, patch in zip(x_BCTHW.shape[2:], (p_t, p_h, p_w), strict=True))
         dtype = wan.patch_embedding.weight.dtype

@@ -4,7 +4,7 @@ A small network on the sinusoidal embedding of 1000 x guidance, added to the tim
 constant, which folds into the bias of the time embedding's last layer: the result is a stock Wan2.1.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -16,9 +16,14 @@ FOLDED_INTO = "condition_embedder.time_embedder.linear_2.bias"
 FIRST, LAST = (f"{GUIDANCE}.linear_{number}" for number in (1, 2))
 
 
-def has_guidance_embedding(names: Mapping) -> bool:
+def has_guidance_embedding(names: Container[str]) -> bool:
     """Whether tensors of these names (diffusers') are those of a guidance-embedded model."""
     return f"{FIRST}.weight" in names
+
+
+def takes_guidance(transformer: WanTransformer3DModel) -> bool:
+    """Whether the module has an embedding."""
+    return hasattr(transformer.condition_embedder, "guidance_embedder")
 
 
 def add_guidance_embedding(transformer: WanTransformer3DModel) -> WanTransformer3DModel:

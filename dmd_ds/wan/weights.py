@@ -19,6 +19,8 @@ from torch import nn
 from dmd_ds.errors import UserError, read_json
 from dmd_ds.recipe import find_folder
 from dmd_ds.wan.autoencoder import TIME_STRIDE
+from dmd_ds.wan.guidance import add_guidance_embedding, has_guidance_embedding
+from dmd_ds.wan.original import GUIDANCE
 
 WEIGHTS = "diffusion_pytorch_model"
 STEMS = (WEIGHTS, "model")  # what diffusers and what transformers call their files
@@ -148,12 +150,30 @@ def check_tensors(folder: Path, shapes: Mapping[str, Sequence[int]], stored: Map
             raise UserError(f"{tensor.file}: {name} is {list(tensor.shape)}, the configuration asks for {list(shapes[name])}")
 
 
-def load_weights(module: nn.Module, folder: Path, shard: Callable[[nn.Parameter, torch.Tensor], torch.Tensor]) -> None:
-    """Fills the module from the folder, one tensor at a time; `shard` cuts a whole tensor to this rank's part."""
+def load_weights(
+    module: nn.Module,
+    folder: Path,
+    shard: Callable[[nn.Parameter, torch.Tensor], torch.Tensor],
+    fresh: Mapping[str, torch.Tensor],
+) -> None:
+    """Fills the module from the folder, one tensor at a time; `shard` cuts a whole tensor to this rank's part.
+
+    `fresh` holds what the folder does not have.
+    """
     stored, parameters = transformer_tensors(folder), dict(module.named_parameters())
-    check_tensors(folder, {name: parameter.ds_shape for name, parameter in parameters.items()}, stored)
+    check_tensors(folder, {name: parameter.ds_shape for name, parameter in parameters.items() if name not in fresh}, stored)
     for name, parameter in parameters.items():
-        parameter.ds_tensor.data.copy_(shard(parameter, stored[name].read()))
+        parameter.ds_tensor.data.copy_(shard(parameter, fresh[name] if name in fresh else stored[name].read()))
+
+
+def whole_transformer(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
+    """The transformer of a diffusers folder, unsharded, with its guidance embedding where it has one."""
+    transformer, stored = WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype), transformer_tensors(folder)
+    if has_guidance_embedding(stored):
+        add_guidance_embedding(transformer).to(dtype)
+        embedding = {name: tensor.read() for name, tensor in stored.items() if name.startswith(GUIDANCE)}
+        transformer.load_state_dict(embedding, strict=False)
+    return transformer
 
 
 # ---- out --------------------------------------------------------------------------------------------------------------

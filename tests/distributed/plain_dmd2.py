@@ -4,9 +4,11 @@ It shares with the project the model's class (diffusers'), peft, and the random 
 """
 
 import copy
+import math
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.embeddings import TimestepEmbedding
 from peft import LoraConfig, get_peft_model
 
 from dmd_ds.data.latents import BatchOrder, LatentsDataset
@@ -34,15 +36,33 @@ def see(dataset: LatentsDataset, indices: list[int]) -> tuple[torch.Tensor, torc
     return torch.cat([mask, latents], dim=1), torch.stack([frame.embeds for frame in frames])
 
 
+def give_guidance(transformer: WanTransformer3DModel, weights: dict[str, torch.Tensor], guidance: float) -> None:
+    """A guidance embedding of these weights, as a term beside what the time embedding gives."""
+    embedder, config = transformer.condition_embedder, transformer.config
+    embedder.guidance_embedder = TimestepEmbedding(config.freq_dim, config.num_attention_heads * config.attention_head_dim)
+    transformer.load_state_dict(weights, strict=False)
+    half = config.freq_dim // 2
+    angles = 1000 * guidance * torch.exp(-math.log(10000) * torch.arange(half) / half)
+    waves = torch.cat([angles.cos(), angles.sin()])
+    embedder.time_embedder.register_forward_hook(lambda module, inputs, out: out + embedder.guidance_embedder(waves.expand(len(out), -1)))
+
+
 def plain_dmd2(
-    recipe: Recipe, global_batch_size: int, epsilon: float
+    recipe: Recipe, global_batch_size: int, epsilon: float, embedding: dict[str, torch.Tensor] | None = None, one_pass: bool = False
 ) -> tuple[list[dict], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(metrics a step, the generator's weights, the adapter's weights)."""
+    """(metrics a step, the generator's weights, the adapter's weights).
+
+    `embedding`: first weights of a guidance embedding; with `one_pass` the real score has its guidance from it alone.
+    """
     generator = WanTransformer3DModel.from_pretrained(f"{recipe.model.path}/transformer").train()
+    base = copy.deepcopy(generator)
+    if embedding:
+        give_guidance(generator, embedding, recipe.score.guidance)
+        give_guidance(base, embedding, recipe.score.guidance)
     torch.manual_seed(recipe.seed)
     targets = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)|ffn\.net\.(0\.proj|2))"
     lora = LoraConfig(r=recipe.fake_score.lora_rank, lora_alpha=recipe.fake_score.lora_alpha, target_modules=targets)
-    score = get_peft_model(copy.deepcopy(generator), lora)
+    score = get_peft_model(base, lora)
     adapter = [parameter for parameter in score.parameters() if parameter.requires_grad]
 
     def adamw(parameters, section):
@@ -100,7 +120,8 @@ def plain_dmd2(
                 fake = x - s5 * velocity(score, x, sigma, text, image)
                 with score.disable_adapter():
                     conditional, unconditional = (velocity(score, x, sigma, words, image) for words in (text, empty))
-                real = x - s5 * (unconditional + recipe.score.guidance * (conditional - unconditional))
+                guidance = 1.0 if one_pass else recipe.score.guidance
+                real = x - s5 * (unconditional + guidance * (conditional - unconditional))
                 normaliser = (x0 - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
                 target = x0 - (fake - real) / normaliser
             loss = 0.5 * ((x0 - target) ** 2).mean()
