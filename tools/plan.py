@@ -3,9 +3,9 @@
 
     python tools/plan.py t2v_14b_480p --gpus 8 [--gpu-memory 80] [key=value ...]
 
-Needs no weights, no data and no GPU. The memory is exact where the model is measured (tests/distributed/test_planner_accuracy.py);
-CUDA's context, NCCL's buffers and the allocator's fragments come on top, for which --reserve is left. Seconds are estimates for
-comparison: of one setting with another, of one machine with another.
+Needs no weights, no data and no GPU. The memory is held against real steps of small models (tests/distributed/
+test_planner_accuracy.py); CUDA's context, NCCL's buffers and the allocator's fragments come on top, for which --reserve is left.
+Seconds are estimates for comparison: of one setting with another, of one machine with another.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from tests import mini
 from tests.live_bytes import LiveBytes
 
 CPU = Precision(weights=4, accelerator=False)
-STEPS = 3  # ZeRO-3 watches the first two, and keeps small weights whole and fetches ahead from the third on
+STEPS = 3  # past the first, in which DeepSpeed records the order of the modules
 
 
 def recipe_of(case: dict, folder: Path, mesh: Mesh) -> Recipe:
