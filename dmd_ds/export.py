@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
 from safetensors.torch import save_file
 
 from dmd_ds import checkpoint
@@ -22,18 +23,14 @@ from dmd_ds.errors import UserError
 from dmd_ds.generation import Settings, write_settings
 from dmd_ds.recipe import Recipe, load_recipe
 from dmd_ds.sampler import few_step_scheduler, few_step_sigmas
+from dmd_ds.wan.autoencoder import load_autoencoder
 from dmd_ds.wan.guidance import FOLDED_INTO, folded_bias, has_guidance_embedding
+from dmd_ds.wan.image import load_image_encoder
 from dmd_ds.wan.original import GUIDANCE, original_config, to_original
-from dmd_ds.wan.weights import (
-    Spec,
-    Stored,
-    find_model,
-    save_weights,
-    takes_image,
-    transformer_config,
-    transformer_tensors,
-    write_safetensors,
-)
+from dmd_ds.wan.original_parts import is_original
+from dmd_ds.wan.tensors import Spec, Stored, save_weights, write_safetensors
+from dmd_ds.wan.text import load_text_encoder
+from dmd_ds.wan.weights import find_model, takes_image, transformer_config, transformer_tensors
 
 PREFIX = "transformer."  # WanDenoiser's name for the diffusers model
 ADAPTED = re.compile(r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0|add_[kv]_proj)|ffn\.net\.(0\.proj|2))\.(weight|bias)")
@@ -91,7 +88,7 @@ def find_student(source: Path, model: str | None = None) -> Student:
         raise UserError(f"{source}: neither a checkpoint ({checkpoint.STATE} is missing) nor a run with one")
     recipe = load_recipe(str(folder / checkpoint.RECIPE))
     base = find_model(model or recipe.model.path)
-    weights, base_tensors = ZeroWeights(folder / "generator"), transformer_tensors(base / "transformer")
+    weights, base_tensors = ZeroWeights(folder / "generator"), transformer_tensors(base)
     strange = base_tensors.keys() ^ {name.removeprefix(PREFIX) for name in weights.shapes}
     if not has_guidance_embedding(base_tensors):
         strange = {name for name in strange if not name.startswith(GUIDANCE)}
@@ -143,13 +140,28 @@ without guidance, at the timesteps {timesteps}, noised afresh between them. The 
 """
 
 
+def copy_other_parts(base: Path, folder: Path) -> None:
+    """All of a diffusers pipeline but the transformer and the scheduler, of a base in either layout."""
+    if not is_original(base):
+        ours = {"transformer", "scheduler", "README.md"}
+        shutil.copytree(base, folder, ignore=lambda where, names: ours & set(names), dirs_exist_ok=True)
+        return
+    cpu = torch.device("cpu")
+    text = load_text_encoder(base, cpu)
+    parts = {"tokenizer": text.tokenizer, "text_encoder": text.encoder, "vae": load_autoencoder(base, cpu)}
+    kind = WanPipeline
+    if takes_image(transformer_config(base)):
+        kind, image = WanImageToVideoPipeline, load_image_encoder(base, cpu)
+        parts |= {"image_encoder": image.encoder, "image_processor": image.processor}
+    kind(**parts, transformer=None, scheduler=None).save_pretrained(folder)
+
+
 def to_diffusers(student: Student, out: Path, largest_file: int = 5 * 10**9) -> None:
     """A whole diffusers pipeline, whose scheduler samples as the student was trained. Stock: a guidance embedding is folded."""
     student = student.folded()
     video, recipe = student.state["video"], student.recipe
     with whole_folder(out) as folder:
-        ours = {"transformer", "scheduler", "README.md"}
-        shutil.copytree(student.base, folder, ignore=lambda where, names: ours & set(names), dirs_exist_ok=True)
+        copy_other_parts(student.base, folder)
         (folder / "transformer").mkdir()
         config = transformer_config(student.base)
         (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -158,6 +170,7 @@ def to_diffusers(student: Student, out: Path, largest_file: int = 5 * 10**9) -> 
         scheduler.save_pretrained(folder / "scheduler")
         index = json.loads((folder / "model_index.json").read_text())
         index["_class_name"] = pipeline = pipeline_class(student.base)
+        index["transformer"] = ["diffusers", "WanTransformer3DModel"]
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         write_settings(folder, Settings(steps=recipe.sampling.steps, guidance=1.0, few_step=recipe.sampling, **video))

@@ -12,10 +12,12 @@ from dmd_ds.errors import UserError, read_json
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Positive, Sampling, Section, explain
 from dmd_ds.sampler import Velocity, few_step_sigmas, few_step_x0, guided, scheduler_sample
+from dmd_ds.wan import original_parts
 from dmd_ds.wan.autoencoder import SPACE_STRIDE, TIME_STRIDE, decode, load_autoencoder
 from dmd_ds.wan.denoiser import WHOLE_SEQUENCE, ImageCondition, WanDenoiser, WholeSequence
 from dmd_ds.wan.guidance import takes_guidance
 from dmd_ds.wan.image import image_condition, load_image_encoder, show_first_frame
+from dmd_ds.wan.original_parts import is_original
 from dmd_ds.wan.text import encode_prompts, load_text_encoder, padded_tokens
 from dmd_ds.wan.weights import find_model, takes_image, transformer_config, whole_transformer
 
@@ -58,6 +60,8 @@ def write_settings(folder: Path, settings: Settings) -> None:
 
 def load_scheduler(folder: Path) -> UniPCMultistepScheduler:
     """The folder's own scheduler, Wan2.1's UniPC; `UserError` for another, which would be read as what it is not."""
+    if is_original(folder):
+        return original_parts.scheduler()
     path = folder / "scheduler" / "scheduler_config.json"
     name = read_json(path).get("_class_name")
     if name != "UniPCMultistepScheduler":
@@ -81,7 +85,7 @@ class VideoModel:
         self.vae = load_autoencoder(self.folder, device)
         self.image_encoder = load_image_encoder(self.folder, device) if takes_image(transformer_config(self.folder)) else None
         self.dtype = inference_dtype(device)
-        transformer = whole_transformer(self.folder / "transformer", self.dtype)
+        transformer = whole_transformer(self.folder, self.dtype)
         self.takes_guidance = takes_guidance(transformer)
         self.denoiser = WanDenoiser(transformer, sequence).to(device).eval().requires_grad_(False)
 

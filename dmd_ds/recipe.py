@@ -24,7 +24,9 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    path: str = Field(description="a diffusers Wan2.1 folder, or the name of one that ships in dmd_ds/assets")
+    path: str = Field(
+        description="a Wan2.1 folder, diffusers' or an original one, a hub name, or the name of one that ships in dmd_ds/assets"
+    )
     guidance_embedding: bool = Field(False, description="gives a model that has none a guidance embedding, without effect at first")
 
 

@@ -86,7 +86,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
         raise UserError(f"score.sigma_min={recipe.score.sigma_min} is not below score.sigma_max={recipe.score.sigma_max}")
     model = find_model(recipe.model.path)
     config = transformer_config(model)
-    stored = has_guidance_embedding(transformer_tensors(model / "transformer"))
+    stored = has_guidance_embedding(transformer_tensors(model))
     guidance_embedding = "stored" if stored else "fresh" if recipe.model.guidance_embedding else "none"
     check_degrees(recipe.parallel, config["num_attention_heads"])
     dataset = LatentsDataset(recipe.data.path)
@@ -139,7 +139,7 @@ def build_denoiser(inputs: Inputs, ds_config: dict, sequence: SequenceParallel) 
     renew_buffers(transformer)
     shapes = {name: parameter.ds_shape for name, parameter in transformer.named_parameters()}
     fresh = fresh_weights(shapes, inputs.recipe.seed) if inputs.guidance_embedding == "fresh" else {}
-    load_weights(transformer, inputs.model / "transformer", shard, fresh)
+    load_weights(transformer, inputs.model, shard, fresh)
     return WanDenoiser(transformer, sequence, inputs.recipe.activation_checkpointing)
 
 

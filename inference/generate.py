@@ -27,7 +27,7 @@ from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.mesh import Mesh, check_degrees, joined
 from dmd_ds.recipe import Parallel
 from dmd_ds.wan.autoencoder import decode
-from dmd_ds.wan.weights import find_model, stored_tensors, takes_image, transformer_config
+from dmd_ds.wan.weights import find_model, takes_image, transformer_config, transformer_tensors
 
 GIVEN = {"steps": int, "guidance": float, "frames": int, "height": int, "width": int, "fps": float}  # options that override a model's own
 
@@ -93,7 +93,7 @@ def check_images(jobs: list[Job], model: str, config: dict, settings: Settings) 
 
 def fingerprint(folder: Path) -> str:
     """Tells the weights of one folder from others, at the same path or not, without reading them whole."""
-    files = sorted({tensor.file for tensor in stored_tensors(folder / "transformer").values()})
+    files = sorted({tensor.file for tensor in transformer_tensors(folder).values()})
     return json.dumps([str(folder)] + [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
 
 

@@ -20,20 +20,9 @@ from dmd_ds.export import whole_folder
 from dmd_ds.wan import original
 from dmd_ds.wan.guidance import FOLDED_INTO, add_guidance_embedding, folded_bias, has_guidance_embedding
 from dmd_ds.wan.original import GUIDANCE
-from dmd_ds.wan.weights import Spec, Stored, check_tensors, empty_transformer, save_weights, stored_tensors, transformer_tensors
-
-
-def read_original(folder: Path) -> tuple[dict, dict[str, Stored]]:
-    """(diffusers configuration, tensors by diffusers' names) of an original folder; its config.json may be missing."""
-    stored = stored_tensors(folder)
-    renamed = {}
-    for name, tensor in stored.items():
-        translated = original.to_diffusers(name)
-        if translated is None:
-            raise UserError(f"{tensor.file}: {name} is no tensor of a Wan2.1 transformer")
-        renamed[translated] = tensor
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    return original.diffusers_config({name: tensor.shape for name, tensor in renamed.items()}, config, str(folder)), renamed
+from dmd_ds.wan.original_parts import read_transformer
+from dmd_ds.wan.tensors import Spec, Stored, check_tensors, save_weights
+from dmd_ds.wan.weights import diffusers_tensors, empty_transformer
 
 
 def find_transformer(folder: Path) -> Path | None:
@@ -68,9 +57,9 @@ def convert(source: Path, out: Path, guidance: float | None = None) -> Path:
         raise UserError(f"{source}: no such folder")
     transformer = find_transformer(source)
     if transformer:
-        config, stored = read_json(transformer / "config.json"), transformer_tensors(transformer)
+        config, stored = read_json(transformer / "config.json"), diffusers_tensors(transformer)
     else:
-        config, stored = read_original(source)
+        config, stored = read_transformer(source)
     check_whole(source, config, stored)
 
     def read(name: str) -> torch.Tensor:

@@ -5,12 +5,16 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 
+from dmd_ds.wan import original_parts
+from dmd_ds.wan.original_parts import is_original
+
 TIME_STRIDE, SPACE_STRIDE = 4, 8
 DECODED_AT_ONCE = 4096  # latent positions: a dozen tiny clips together take a quarter of their time, a real one goes alone
 
 
 def load_autoencoder(folder: Path, device: torch.device) -> AutoencoderKLWan:
-    vae = AutoencoderKLWan.from_pretrained(folder / "vae").to(device).eval().requires_grad_(False)
+    vae = original_parts.autoencoder(folder) if is_original(folder) else AutoencoderKLWan.from_pretrained(folder / "vae")
+    vae = vae.to(device).eval().requires_grad_(False)
     for kernel in vae.parameters():  # channels last: the convolutions take half the time on a CPU
         if kernel.ndim in (4, 5):
             last = torch.channels_last if kernel.ndim == 4 else torch.channels_last_3d

@@ -10,8 +10,10 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from dmd_ds.data.latents import FirstFrame, LatentsDataset
+from dmd_ds.wan import original_parts
 from dmd_ds.wan.autoencoder import TIME_STRIDE, encode
 from dmd_ds.wan.denoiser import ImageCondition
+from dmd_ds.wan.original_parts import is_original
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +23,12 @@ class ImageEncoder:
 
 
 def load_image_encoder(folder: Path, device: torch.device) -> ImageEncoder:
-    encoder = CLIPVisionModel.from_pretrained(folder / "image_encoder").to(device).eval().requires_grad_(False)
-    return ImageEncoder(CLIPImageProcessorPil.from_pretrained(folder / "image_processor"), encoder)
+    if is_original(folder):
+        processor, encoder = original_parts.image_encoder(folder)
+    else:
+        processor = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
+        encoder = CLIPVisionModel.from_pretrained(folder / "image_encoder")
+    return ImageEncoder(processor, encoder.to(device).eval().requires_grad_(False))
 
 
 @torch.no_grad()

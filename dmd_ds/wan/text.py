@@ -7,7 +7,9 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
+from dmd_ds.wan import original_parts
 from dmd_ds.wan.denoiser import TEXT_TOKENS
+from dmd_ds.wan.original_parts import is_original
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +19,11 @@ class TextEncoder:
 
 
 def load_text_encoder(folder: Path, device: torch.device) -> TextEncoder:
-    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").to(device).eval().requires_grad_(False)
-    return TextEncoder(AutoTokenizer.from_pretrained(folder / "tokenizer"), encoder)
+    if is_original(folder):
+        tokenizer, encoder = folder / original_parts.TOKENIZER, original_parts.text_encoder(folder)
+    else:
+        tokenizer, encoder = folder / "tokenizer", UMT5EncoderModel.from_pretrained(folder / "text_encoder")
+    return TextEncoder(AutoTokenizer.from_pretrained(tokenizer), encoder.to(device).eval().requires_grad_(False))
 
 
 @torch.no_grad()

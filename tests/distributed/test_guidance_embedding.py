@@ -90,7 +90,7 @@ def test_exports_are_stock_models_at_the_guidance_of_training_or_another(tmp_pat
     embedded = WanDenoiser(with_trained_weights(student))
     folded = {}
     for folder, guidance in (("diffusers", student.recipe.score.guidance), ("other", 2.0)):
-        folded[folder] = WanDenoiser(whole_transformer(tmp_path / folder / "transformer", torch.float32))(x, sigma, text)
+        folded[folder] = WanDenoiser(whole_transformer(tmp_path / folder, torch.float32))(x, sigma, text)
         torch.testing.assert_close(folded[folder], embedded(x, sigma, text, guidance_B=torch.tensor([guidance])), atol=1e-5, rtol=1e-5)
     assert (folded["other"] - folded["diffusers"]).abs().max() > 1e-4
 

@@ -16,7 +16,7 @@ from dmd_ds.errors import UserError
 from dmd_ds.recipe import REPOSITORY
 from dmd_ds.wan.denoiser import WanDenoiser
 from dmd_ds.wan.guidance import add_guidance_embedding, fresh_weights
-from dmd_ds.wan.weights import stored_tensors
+from dmd_ds.wan.tensors import stored_tensors
 from tools.convert_wan import convert
 
 DIM, FFN, TEXT, FREQ, IMAGE, LAYERS, HEADS = 24, 40, 16, 32, 20, 2, 2

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmd_ds.errors import UserError
-from dmd_ds.wan.weights import Spec, find_model, load_weights, renew_buffers, save_weights, stored_tensors, transformer_config
+from dmd_ds.wan.tensors import Spec, save_weights, stored_tensors
+from dmd_ds.wan.weights import find_model, load_weights, renew_buffers, transformer_config
 from tests.mini import IMAGE_TRANSFORMER, TRANSFORMER, make_transformer
 
 
@@ -44,7 +45,7 @@ def change(model, edit) -> None:
 
 def test_every_tensor_of_the_folder_lands_in_its_parameter(model):
     module = sharded(seed=5)
-    load_weights(module, model / "transformer", whole, fresh={})
+    load_weights(module, model, whole, fresh={})
     stored = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter.ds_tensor, stored[name].reshape(-1)), name
@@ -61,7 +62,7 @@ def test_every_tensor_of_the_folder_lands_in_its_parameter(model):
 def test_a_folder_that_does_not_fit_names_the_tensor(model, edit, message):
     change(model, edit)
     with pytest.raises(UserError, match=message):
-        load_weights(sharded(0), model / "transformer", whole, fresh={})
+        load_weights(sharded(0), model, whole, fresh={})
 
 
 def test_a_truncated_or_missing_file_is_named(model):
@@ -87,7 +88,7 @@ def test_an_image_to_video_folder_is_read_and_what_no_model_uses_passed_over(ima
     stored = load_file(image_model / "transformer" / "diffusion_pytorch_model.safetensors")
     assert any("norm_added_q" in name for name in stored)
     module = sharded(5, IMAGE_TRANSFORMER)
-    load_weights(module, image_model / "transformer", whole, fresh={})
+    load_weights(module, image_model, whole, fresh={})
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter.ds_tensor, stored[name].reshape(-1)), name
 
