@@ -35,6 +35,8 @@ from dmd_ds.wan.weights import (
     transformer_tensors,
 )
 
+GuidanceEmbedding = Literal["none", "stored", "fresh"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -44,7 +46,7 @@ class Inputs:
     model: Path
     dataset: LatentsDataset
     transformer_config: dict
-    guidance_embedding: Literal["none", "stored", "fresh"]
+    guidance_embedding: GuidanceEmbedding
     ds_configs: dict[str, dict]
     resume_from: Path | None
     first_step: int
@@ -128,18 +130,22 @@ def check_images(recipe: Recipe, dataset: LatentsDataset, config: dict) -> None:
         raise UserError(f"{data}: images of width {width}, {model} takes {config['image_dim']}")
 
 
-def build_denoiser(inputs: Inputs, ds_config: dict, sequence: SequenceParallel) -> WanDenoiser:
-    """The model's denoiser, sharded over the ranks and loaded a tensor at a time."""
+def sharded_transformer(model: Path, config: dict, embedding: GuidanceEmbedding, seed: int, ds_config: dict) -> WanTransformer3DModel:
+    """The model's transformer, sharded over the ranks and loaded a tensor at a time; `seed`: of a fresh guidance embedding."""
 
     def build() -> WanTransformer3DModel:
-        transformer = empty_transformer(inputs.transformer_config)
-        return transformer if inputs.guidance_embedding == "none" else add_guidance_embedding(transformer)
+        transformer = empty_transformer(config)
+        return transformer if embedding == "none" else add_guidance_embedding(transformer)
 
     transformer = sharded_build(ds_config, build)
     renew_buffers(transformer)
     shapes = {name: parameter.ds_shape for name, parameter in transformer.named_parameters()}
-    fresh = fresh_weights(shapes, inputs.recipe.seed) if inputs.guidance_embedding == "fresh" else {}
-    load_weights(transformer, inputs.model, shard, fresh)
+    load_weights(transformer, model, shard, fresh_weights(shapes, seed) if embedding == "fresh" else {})
+    return transformer
+
+
+def build_denoiser(inputs: Inputs, ds_config: dict, sequence: SequenceParallel) -> WanDenoiser:
+    transformer = sharded_transformer(inputs.model, inputs.transformer_config, inputs.guidance_embedding, inputs.recipe.seed, ds_config)
     return WanDenoiser(transformer, sequence, inputs.recipe.activation_checkpointing)
 
 

@@ -2,9 +2,13 @@
 """Measures what this project costs, as ratios that hold on any machine.
 
     python tools/bench.py sp [--tokens 1280] [--out outputs/bench]
+    python tools/bench.py load [--model 1.3b] [--ranks 2]
 
 sp: one sample over 1, 2 and 4 ranks, by Ulysses, by ring and by both. Counted on rank 0, a transformer block: the bytes its
 forward keeps for the backward (without activation checkpointing), and the bytes it hands to the collectives.
+
+load: random weights of a published size stream from disk into ZeRO-3. Of each rank: the bytes of its part, and the most that its
+resident memory grew while it was loading, pages of mapped files counted.
 """
 
 import argparse
@@ -16,7 +20,9 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,9 +30,14 @@ from diffusers import WanTransformer3DModel
 
 from dmd_ds.errors import UserError, one_line_errors
 from dmd_ds.parallel.attention import SequenceParallel
+from dmd_ds.parallel.engine import complete_ds_config, read_ds_config
 from dmd_ds.parallel.mesh import joined
-from dmd_ds.recipe import Parallel
+from dmd_ds.planner.sizes import PUBLISHED, ModelSize
+from dmd_ds.recipe import Generator, Parallel
+from dmd_ds.trainer import sharded_transformer
 from dmd_ds.wan.denoiser import WanDenoiser
+from dmd_ds.wan.tensors import Spec, save_weights
+from dmd_ds.wan.weights import transformer_config
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2)]  # Ulysses, ring
 BLOCKS, HEADS, HEAD_DIM, TEXT_TOKENS = 2, 4, 64, 8
@@ -115,13 +126,61 @@ def measure_sp(parallel: Parallel, tokens: int) -> dict[str, float]:
         return {"kept": kept_bytes, "forward": forward, "backward": backward}
 
 
-def run_layout(ulysses: int, ring: int, tokens: int) -> dict[str, float]:
-    """The measurement of rank 0, in a job of its own."""
+def memory_line(name: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def write_random_model(folder: Path, size: ModelSize) -> None:
+    """The transformer of a diffusers folder, bf16."""
+    (folder / "transformer").mkdir(parents=True)
+    config = {
+        "_class_name": "WanTransformer3DModel", "num_attention_heads": size.heads, "attention_head_dim": size.head_dim,
+        "ffn_dim": size.ffn, "num_layers": size.layers, "in_channels": size.in_channels, "out_channels": size.out_channels,
+    }  # fmt: skip
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in WanTransformer3DModel.from_config(config).named_parameters()}
+    specs = {name: Spec(shape, torch.bfloat16) for name, shape in shapes.items()}
+    save_weights(folder / "transformer", specs, lambda name: torch.randn(shapes[name], dtype=torch.bfloat16))
+
+
+def measure_load(model: Path) -> list[dict[str, float]]:
+    """Of every rank: bytes of its part, of the largest whole tensor, and of what its resident memory grew by at most."""
+    with joined(Parallel()) as mesh:
+        generator = Generator(lr=1e-6)
+        ds_config = complete_ds_config(read_ds_config("generator.ds_config", generator.ds_config), generator, batch_size=1)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        before = memory_line("VmRSS")
+        transformer = sharded_transformer(model, transformer_config(model), "none", 0, ds_config)
+        grown = memory_line("VmHWM") - before
+        parameters = list(transformer.parameters())
+        part = sum(parameter.ds_tensor.nbytes for parameter in parameters)
+        largest = max(parameter.ds_numel * parameter.element_size() for parameter in parameters)
+        return mesh.all_gather_objects({"part": part, "largest": largest, "grown": grown})
+
+
+def bench_load(size: str, ranks: int) -> list[dict[str, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_model(Path(folder), PUBLISHED[size])
+        return run_ranks(ranks, "load", "--folder", folder)
+
+
+def load_table(rows: list[dict[str, float]]) -> str:
+    lines = [f"{'rank':>5}{'part MB':>10}{'peak growth MB':>16}{'over the part MB':>18}{'largest tensor MB':>19}"]
+    for rank, row in enumerate(rows):
+        over = row["grown"] - row["part"]
+        lines.append(f"{rank:>5}{row['part'] / 1e6:>10.0f}{row['grown'] / 1e6:>16.0f}{over / 1e6:>18.0f}{row['largest'] / 1e6:>19.0f}")
+    return "\n".join(lines)
+
+
+def run_ranks(ranks: int, *arguments: str) -> Any:
+    """The record of rank 0, of a job of its own."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    ranks = ulysses * ring
-    command = [sys.executable, __file__, "sp", "--tokens", str(tokens), "--one", str(ulysses), str(ring)]
+    command = [sys.executable, __file__, *arguments]
     shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(command, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True)
@@ -129,8 +188,12 @@ def run_layout(ulysses: int, ring: int, tokens: int) -> dict[str, float]:
     ]
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
-        raise UserError(f"ulysses {ulysses} ring {ring}: a rank failed, see above")
+        raise UserError(f"{' '.join(arguments)}: a rank failed, see above")
     return json.loads(next(line for line in outputs[0].splitlines() if line.startswith(RECORD)).removeprefix(RECORD))
+
+
+def run_layout(ulysses: int, ring: int, tokens: int) -> dict[str, float]:
+    return run_ranks(ulysses * ring, "sp", "--tokens", str(tokens), "--one", str(ulysses), str(ring))
 
 
 def bench_sp(tokens: int) -> list[dict[str, float]]:
@@ -163,14 +226,26 @@ def table(rows: list[dict[str, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["sp"])
-    parser.add_argument("--tokens", type=int, default=1280)
+    parser.add_argument("part", choices=["sp", "load"])
+    parser.add_argument("--tokens", type=int, default=1280, help="of sp")
+    parser.add_argument("--model", choices=PUBLISHED, default="1.3b", help="of load: its random weights are written to a temporary folder")
+    parser.add_argument("--ranks", type=int, default=2, help="of load")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="where the numbers go, as JSON")
     parser.add_argument("--one", type=int, nargs=2, help=argparse.SUPPRESS)  # a rank of one layout
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # a rank that loads
     a = parser.parse_args()
     with one_line_errors():
         if a.one:
             print(RECORD + json.dumps(measure_sp(Parallel(ulysses=a.one[0], ring=a.one[1]), a.tokens)))
+            return
+        if a.folder:
+            print(RECORD + json.dumps(measure_load(a.folder)))
+            return
+        if a.part == "load":
+            rows = bench_load(a.model, a.ranks)
+            a.out.mkdir(parents=True, exist_ok=True)
+            (a.out / "load.json").write_text(json.dumps(rows, indent=1) + "\n")
+            print(f"{load_table(rows)}\n{a.out / 'load.json'}")
             return
         rows = bench_sp(a.tokens)
     a.out.mkdir(parents=True, exist_ok=True)
