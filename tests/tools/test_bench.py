@@ -11,6 +11,7 @@ from dmd_ds.recipe import REPOSITORY
 from tools.bench import HEAD_DIM, HEADS, Closed, load_table, run_layout, run_ranks, table, write_random_model
 
 
+@pytest.mark.slow
 def test_a_shared_sample_costs_what_the_closed_form_says():
     alone, shared = run_layout(1, 1, 64), run_layout(2, 2, 64)
     closed = Closed(64, HEADS * HEAD_DIM, ulysses=2, ring=2)
