@@ -13,8 +13,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline
 from safetensors.torch import save_file
 
 from dmd_ds import checkpoint
@@ -149,10 +149,10 @@ def copy_other_parts(base: Path, folder: Path) -> None:
     cpu = torch.device("cpu")
     text = load_text_encoder(base, cpu)
     parts = {"tokenizer": text.tokenizer, "text_encoder": text.encoder, "vae": load_autoencoder(base, cpu)}
-    kind = WanPipeline
     if takes_image(transformer_config(base)):
-        kind, image = WanImageToVideoPipeline, load_image_encoder(base, cpu)
+        image = load_image_encoder(base, cpu)
         parts |= {"image_encoder": image.encoder, "image_processor": image.processor}
+    kind = getattr(diffusers, pipeline_class(base))  # by name: importing the image-to-video one warns without torchvision
     kind(**parts, transformer=None, scheduler=None).save_pretrained(folder)
 
 

@@ -1,4 +1,4 @@
-"""Trains mini models and measures their live bytes: `python tests/distributed/planner_ranks.py FOLDER`, on each rank.
+"""Trains mini models and measures their live bytes: `python -m tests.distributed.planner_ranks FOLDER`, on each rank.
 
 Runs the cases of FOLDER/cases.json one after the other; rank 0 writes FOLDER/measured.json.
 """

@@ -30,7 +30,7 @@ GRID = [
 
 def assert_planned_as_measured(folder, ranks: int, cases: list[dict]) -> None:
     (folder / "cases.json").write_text(json.dumps(cases))
-    assert_fine(run_ranks(ranks, "tests/distributed/planner_ranks.py", str(folder)))
+    assert_fine(run_ranks(ranks, "-m", "tests.distributed.planner_ranks", str(folder)))
     found = json.loads((folder / "measured.json").read_text())
     assert len(found) == len(cases)
     for one in found:
