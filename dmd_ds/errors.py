@@ -20,20 +20,25 @@ class RunError(RuntimeError):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns a UserError into one line on stderr and exit code 2, a RunError into one line and exit code 1.
+    """Turns a UserError into one line on stderr and exit code 2, a RunError into one line and exit code 1."""
+    try:
+        yield
+    except (UserError, RunError) as error:
+        sys.exit(report(error))
+
+
+def report(error: UserError | RunError) -> int:
+    """Prints the one line and returns the exit code.
 
     Of several ranks that fail the first one speaks: the others wait a little, and a launcher that sees a rank end stops all
     of them. A rank that fails alone is still there after that, and says who and where it is.
     """
-    try:
-        yield
-    except (UserError, RunError) as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank:
-            time.sleep(5)
-        where = f" (rank {rank} on {socket.gethostname()})" if rank else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(5)
+    where = f" (rank {rank} on {socket.gethostname()})" if rank else ""
+    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, UserError) else 1
 
 
 def read_json(path: Path) -> Any:

@@ -7,6 +7,7 @@ and the samples of a batch go over what is left. ZeRO-3 shards over all ranks al
 import contextlib
 import dataclasses
 import os
+import sys
 import warnings
 from datetime import timedelta
 
@@ -17,7 +18,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from yunchang.globals import PROCESS_GROUP, set_seq_parallel_pg
 
-from dmd_ds.errors import UserError
+from dmd_ds.errors import RunError, UserError, report
 from dmd_ds.parallel.hosts import RollCall, check_slots, host_of_rank, machine, naming_the_lost
 from dmd_ds.recipe import Parallel
 
@@ -143,10 +144,25 @@ def sample_groups(parallel: Parallel, rank: int, local_rank: int, size: int, bac
 
 
 @contextlib.contextmanager
+def ending_at_once():
+    """A process of a job that fails ends with its one line, and without the interpreter's farewell.
+
+    A thread of a process group that lets go of its last tensor during that ends the process with SIGABRT (seen once in 150
+    exits), and a group whose peers are gone may keep it waiting.
+    """
+    try:
+        yield
+    except (UserError, RunError) as error:
+        code = report(error)
+        sys.stdout.flush()
+        os._exit(code)
+
+
+@contextlib.contextmanager
 def joined(parallel: Parallel):
     """Joins the ranks of this job (a lone process becomes a world of one), lays the mesh over them, and parts at the end.
 
-    A rank that goes away in between is named in the `RunError` that the others end with.
+    A rank that goes away in between is named in the line that the others end with.
     """
     # DeepSpeed calls collectives by names that torch renames; torch would say so at each of thousands of calls
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..*is deprecated", category=FutureWarning)
@@ -166,7 +182,7 @@ def joined(parallel: Parallel):
     backend = get_accelerator().communication_backend_name()
     with contextlib.closing(RollCall(rank, size, parallel.join_timeout)) as roll_call:
         roll_call.wait_for_all()
-        with naming_the_lost(roll_call):
+        with ending_at_once(), naming_the_lost(roll_call):
             dist.init_process_group(backend, timeout=TIMEOUT, store=dist.PrefixStore("world", roll_call.store), rank=rank, world_size=size)
             deepspeed.init_distributed(verbose=False)
             mesh = Mesh(

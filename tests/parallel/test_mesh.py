@@ -82,18 +82,23 @@ def test_a_launch_that_cannot_be_ends_in_one_line(tmp_path, launcher, recipe, me
     assert "Traceback" not in done.stdout + done.stderr and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("leaves", ["", "raise UserError('early')"], ids=["at the end", "by an error"])
-def test_a_rank_ends_with_nobody_left_in_the_store(leaves):
-    """A thread that is inside the store when the interpreter goes away takes the process down with SIGABRT."""
+@pytest.mark.parametrize(
+    ("leaves", "code"),
+    [("pass", 0), ("raise UserError('early')", 2), ("import atexit; atexit.register(os._exit, 9); raise UserError('early')", 2)],
+    ids=["at the end", "by an error", "by an error, at once"],
+)
+def test_a_rank_ends_with_nobody_left_in_the_store(leaves, code):
+    """A thread that is inside the store, or a process group, when the interpreter goes away ends the process with SIGABRT."""
     script = f"""
+import os
 from dmd_ds.errors import UserError, one_line_errors
 from dmd_ds.parallel.hosts import RollCall
 from dmd_ds.parallel.mesh import joined
 from dmd_ds.recipe import Parallel
 RollCall.BEAT_S = 0
 with one_line_errors(), joined(Parallel()):
-    {leaves or "pass"}
+    {leaves}
 """
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert ended.returncode == (2 if leaves else 0), ended.stderr
+    assert ended.returncode == code, ended.stderr
