@@ -74,6 +74,9 @@ def refused(world, message, **changes):
 def test_inputs_that_do_not_fit_together_are_refused_with_both_numbers(world, tmp_path):
     refused(world, "parallel.ulysses=2", parallel={"ulysses": 2})
     refused(world, "sigma_min=0.9 is not below score.sigma_max=0.5", score={"sigma_min": 0.9, "sigma_max": 0.5})
+    high = {"score": {"above_exit": True}, "sampling": {"timesteps": [1000, 990]}}
+    refused(world, "score.sigma_max=0.98 is below 0.990, the second noise level of sampling", **high)
+    assert check_inputs(make_recipe(world, **high, rollout={"exit": "last"})).summary().endswith("sigmas 1.000 0.990 0.000, sde")
     channels = make_dataset(tmp_path / "channels", shapes=((3, 2, 4, 4),))
     refused(world, "latents of 3 channels, model.path takes 4", data={"path": str(channels)})
     odd = make_dataset(tmp_path / "odd", shapes=((4, 2, 5, 4),))

@@ -23,7 +23,7 @@ from dmd_ds.distill.rollout import rollout
 from dmd_ds.parallel.engine import set_lr
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Recipe, Score
-from dmd_ds.sampler import Velocity, few_step_sigmas
+from dmd_ds.sampler import Velocity, few_step_schedule
 from dmd_ds.wan.denoiser import ImageCondition
 
 
@@ -42,9 +42,10 @@ class Batch:
         return lambda x, sigma_B: model(x, sigma_B, self.prompt_embeds_BLD, guidance_B=self.guidance_B, image=self.image)
 
 
-def score_sigmas(uniform_B: torch.Tensor, score: Score) -> torch.Tensor:
-    """Noise levels for the scores: uniform numbers, shifted, kept within the recipe's range."""
-    return flow.shift_sigma(uniform_B, score.shift).clamp(score.sigma_min, score.sigma_max)
+def score_sigmas(uniform_B: torch.Tensor, score: Score, lowest: float = 0.0) -> torch.Tensor:
+    """Noise levels for the scores: uniform numbers, shifted, from `lowest` up, kept within the recipe's range."""
+    lowest_uniform = flow.shift_sigma(lowest, 1 / score.shift)  # which the shift moves to `lowest`
+    return flow.shift_sigma(lowest_uniform + (1 - lowest_uniform) * uniform_B, score.shift).clamp(score.sigma_min, score.sigma_max)
 
 
 def x0_of_scores(
@@ -96,15 +97,21 @@ class DMD2Engine:
         self.two_pass_guidance = two_pass_guidance
         self.device = device
         self.randomness = Randomness(recipe.seed)
-        self.sigmas = few_step_sigmas(recipe.sampling)
+        self.schedule = few_step_schedule(recipe.sampling)
+
+    def exit_step(self, step: int, purpose: str) -> int:
+        """The step of the rollout whose x0 is trained on, the same on all ranks."""
+        if self.recipe.rollout.exit == "last":
+            return self.schedule.steps - 1
+        return self.randomness.integer(f"{purpose}/exit_step", step, self.schedule.steps)
 
     def rollout(self, batch: Batch, step: int, purpose: str, velocity_at_exit) -> torch.Tensor:
         """The generator's x0 at an exit step that is the same on all ranks, with gradient as `velocity_at_exit` has it."""
         return rollout(
             velocity=batch.velocity_of(self.generator.module),
             velocity_at_exit=velocity_at_exit,
-            sigmas=self.sigmas,
-            exit_step=self.randomness.integer(f"{purpose}/exit_step", step, self.recipe.sampling.steps),
+            schedule=self.schedule,
+            exit_step=self.exit_step(step, purpose),
             randomness=self.randomness,
             purpose=purpose,
             step=step,
@@ -117,7 +124,8 @@ class DMD2Engine:
         """The samples at a random noise level: (noised latents, noise, sigma)."""
         noise = self.randomness.normal(f"{purpose}/score_noise", step, batch.samples, batch.latents_shape, self.device)
         uniform_B = self.randomness.uniform(f"{purpose}/score_sigma", step, batch.samples, self.device)
-        sigma_B = score_sigmas(uniform_B, self.recipe.score)
+        lowest = float(self.schedule.sigmas[self.exit_step(step, purpose) + 1]) if self.recipe.score.above_exit else 0.0
+        sigma_B = score_sigmas(uniform_B, self.recipe.score, lowest)
         return flow.add_noise(x0_BCTHW, noise, sigma_B), noise, sigma_B
 
     def generator_step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:

@@ -3,13 +3,13 @@
 import torch
 
 from dmd_ds.randomness import Randomness
-from dmd_ds.sampler import Velocity, few_step_x0
+from dmd_ds.sampler import Schedule, Velocity, few_step_x0
 
 
 def rollout(
     velocity: Velocity,
     velocity_at_exit: Velocity,
-    sigmas: torch.Tensor,
+    schedule: Schedule,
     exit_step: int,
     randomness: Randomness,
     purpose: str,
@@ -18,7 +18,7 @@ def rollout(
     shape: tuple[int, ...],
     device: torch.device,
 ) -> torch.Tensor:
-    """The generator's x0 `[B, C, T, H, W]` at the exit step of its grid.
+    """The generator's x0 `[B, C, T, H, W]` at the exit step of its schedule.
 
     `velocity` drives the steps before, without gradient; `velocity_at_exit` the exit step, as the caller set gradients.
     `samples` are global sample indices, `shape` is `[C, T, H, W]`.
@@ -27,10 +27,12 @@ def rollout(
     def noise(k: int) -> torch.Tensor:
         return randomness.normal(f"{purpose}/rollout{k}", step, samples, shape, device)
 
+    steps = iter(range(exit_step + 1))
+
     def switched(x, sigma_B):
-        if float(sigma_B[0]) == float(sigmas[exit_step]):
+        if next(steps) == exit_step:
             return velocity_at_exit(x, sigma_B)
         with torch.no_grad():
             return velocity(x, sigma_B)
 
-    return few_step_x0(switched, noise, sigmas, exit_step)
+    return few_step_x0(switched, noise, schedule, exit_step)
