@@ -20,6 +20,7 @@ from dmd_ds.recipe import REPOSITORY, Sampling, dump_recipe
 from dmd_ds.sampler import few_step_schedule, few_step_x0
 from dmd_ds.wan.denoiser import WanDenoiser
 from dmd_ds.wan.text import encode_prompts
+from tools import export, zero_to_safetensors
 
 CPU = torch.device("cpu")
 
@@ -116,17 +117,17 @@ def test_another_number_of_steps_is_the_same_in_stock_diffusers(run, tmp_path):
         torch.testing.assert_close(*two_samplers(tmp_path / "out", steps), atol=2e-5, rtol=1e-4)
 
 
-def test_what_no_stock_scheduler_can_is_said_and_sampled_by_our_own(run, tmp_path):
+def test_what_no_stock_scheduler_can_is_said_and_sampled_by_our_own(run, tmp_path, monkeypatch, capsys):
     """Re-noising on Wan's own grid: what is nearest in stock diffusers, and how far off, is printed and stands in the card."""
     sampling = Sampling(grid="wan", steps=5, shift=7.0)
     checkpoint, out = tmp_path / "step_000002", tmp_path / "out"
     shutil.copytree(run / "checkpoints" / "step_000002", checkpoint)
     (checkpoint / "recipe.yaml").write_text(dump_recipe(with_sampling(run, sampling).recipe))
-    for command in (["tools/zero_to_safetensors.py"], ["tools/export.py", "--format", "diffusers"]):
+    for tool in (zero_to_safetensors, export):
         shutil.rmtree(out, ignore_errors=True)
-        done = subprocess.run([sys.executable, *command, str(checkpoint), str(out)], cwd=REPOSITORY, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        note, folder = done.stdout.splitlines()
+        monkeypatch.setattr(sys, "argv", [tool.__name__, str(checkpoint), str(out)])
+        tool.main()
+        note, folder = capsys.readouterr().out.splitlines()
         assert folder == str(out) and note == sampling_note(sampling)
         assert note.startswith("No scheduler of stock diffusers samples it as it was trained.") and "up to 1 away" in note
         card = (out / "README.md").read_text()
