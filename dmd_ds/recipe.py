@@ -74,7 +74,7 @@ class Score(Section):
     )
     shift: Annotated[float, Field(gt=0)] = Field(5.0, description="moves the levels, drawn evenly, towards 1; at 1 they stay even")
     above_exit: bool = Field(
-        False, description="draws no level below the one to which the exit step's x0 would be noised next; any after the last step"
+        False, description="draws no level below the one to which sampling goes on from the exit step; from the last step that is 0"
     )
     sigma_min: Sigma = Field(0.02, description="a level drawn below is raised to it")
     sigma_max: Sigma = Field(0.98, description="a level drawn above is lowered to it")
@@ -86,7 +86,7 @@ class Rollout(Section):
     exit: Literal["random", "last"] = Field(
         "random",
         description="random: any of the steps, drawn evenly, so each step learns from the scores what it makes; last: all steps are "
-        "made and only the last one learns. A gradient at each step of every rollout would be random's in the mean, at K times the cost",
+        "made, the last one learns. A gradient at every step of each rollout would be random's in the mean, at K times the cost",
     )
 
 

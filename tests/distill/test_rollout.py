@@ -14,11 +14,11 @@ UNIFORM = torch.linspace(0, 1, 101)
 
 
 @pytest.mark.parametrize("solver", ["sde", "ode"])
-@pytest.mark.parametrize("exit_step", [0, 2, 39])
+@pytest.mark.parametrize("exit_step", [0, 1, 39])
 def test_the_rollout_is_the_sampler_with_a_gradient_at_its_exit_alone(solver, exit_step):
     """Also where the model is told of several noise levels as the same whole timestep."""
     schedule = few_step_schedule(Sampling(grid="wan", steps=40, shift=30.0, solver=solver))
-    assert len(schedule.told.unique()) < 40
+    assert schedule.told[0] == schedule.told[1]
     before, at_exit = (torch.tensor(1.0, requires_grad=True) for _ in range(2))
     draws = Randomness(0)
 
