@@ -17,6 +17,7 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Sigma = Annotated[float, Field(ge=0, le=1)]
+NotNegativeNumber = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -32,7 +33,8 @@ class Model(Section):
 
 class Data(Section):
     path: str = Field(description="a latents dataset made by tools/encode_videos.py, or the name of one in dmd_ds/assets")
-    batch_size: Positive = Field(1, description="samples a rank and step")
+    batch_size: Positive = Field(1, description="samples a rank and backward pass")
+    accumulation: Positive = Field(1, description="backward passes a step, whose gradients are averaged")
 
 
 class Parallel(Section):
@@ -72,6 +74,36 @@ class Score(Section):
     shift: Annotated[float, Field(gt=0)] = 5.0
     sigma_min: Sigma = 0.02
     sigma_max: Sigma = 0.98
+    normaliser: bool = Field(True, description="divides the gradient by how far the real score is from the sample (DMD, eq. 8)")
+
+
+class Rollout(Section):
+    """How the generator's input at a noise level of its grid is made in training."""
+
+    input: Literal["simulation", "data"] = Field(
+        "simulation", description="what the generator itself makes in the steps before, or the dataset's latents, noised"
+    )
+
+
+class Gan(Section):
+    """A discriminator on the fake score's features, of the dataset's latents against what the generator makes.
+
+    Both are noised to one level first, drawn uniformly between sigma_min and sigma_max.
+    """
+
+    generator_weight: NotNegativeNumber = Field(0.0, description="of its part in the generator's loss; at 0 there is no GAN")
+    discriminator_weight: Annotated[float, Field(gt=0)] = Field(0.1, description="of its own loss beside the fake score's")
+    head: Literal["token", "convolution"] = Field("token", description="a mark for every token, or convolutions and attention over all")
+    blocks: list[NotNegative] | None = Field(None, min_length=1, description="whose features it reads; at 1/2, 3/4 and the end by default")
+    width: Positive = Field(256, description="of the head's own layers")
+    sigma_min: Sigma = 0.02
+    sigma_max: Sigma = 0.98
+    r1_weight: NotNegativeNumber = Field(0.0, description="of the approximate R1 penalty on the discriminator's slope at real samples")
+    r1_strength: Annotated[float, Field(gt=0)] = Field(0.1, description="of the noise the slope is measured with, in units of latents")
+
+    @property
+    def is_on(self) -> bool:
+        return self.generator_weight > 0
 
 
 class Sampling(Section):
@@ -100,8 +132,15 @@ class Recipe(Section):
     generator: Generator
     fake_score: FakeScore
     score: Score = Score()
+    gan: Gan = Gan()
+    rollout: Rollout = Rollout()
     sampling: Sampling = Sampling()
     validation: Validation = Validation()
+
+    @property
+    def uses_latents(self) -> bool:
+        """Whether training looks at the dataset's latents, and not at its prompts alone."""
+        return self.gan.is_on or self.rollout.input == "data"
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------

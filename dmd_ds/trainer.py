@@ -22,6 +22,7 @@ from dmd_ds.recipe import Optimizer, Recipe, dump_recipe
 from dmd_ds.sampler import few_step_sigmas
 from dmd_ds.validation import Validation
 from dmd_ds.wan.denoiser import WanDenoiser
+from dmd_ds.wan.discriminator import HEADS, ScoreModel, default_taps
 from dmd_ds.wan.guidance import add_guidance_embedding, fresh_weights, has_guidance_embedding
 from dmd_ds.wan.image import condition_of
 from dmd_ds.wan.text import padded_tokens
@@ -72,12 +73,13 @@ class Inputs:
         config, recipe = self.transformer_config, self.recipe
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.dataset.buckets())
         sigmas = " ".join(f"{sigma:.3f}" for sigma in few_step_sigmas(recipe.sampling))
+        accumulated = f" x accumulation {recipe.data.accumulation}" if recipe.data.accumulation > 1 else ""
         return (
             f"model {self.model}: {'image' if takes_image(config) else 'text'} to video, {config['num_layers']} layers, "
             f"{config['num_attention_heads']} heads of {config['attention_head_dim']}"
             f"{'' if self.guidance_embedding == 'none' else f', {self.guidance_embedding} guidance embedding'}\n"
             f"data {self.dataset.folder}: {len(self.dataset)} samples, latents {shapes}\n"
-            f"{self.ranks()} x batch {recipe.data.batch_size}; steps {self.first_step} to {recipe.max_steps}, "
+            f"{self.ranks()} x batch {recipe.data.batch_size}{accumulated}; steps {self.first_step} to {recipe.max_steps}, "
             f"a generator update every {recipe.fake_score.updates_per_generator_update}; sigmas {sigmas}"
         )
 
@@ -91,6 +93,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
     stored = has_guidance_embedding(transformer_tensors(model))
     guidance_embedding = "stored" if stored else "fresh" if recipe.model.guidance_embedding else "none"
     check_degrees(recipe.parallel, config["num_attention_heads"])
+    check_gan(recipe, config["num_layers"])
     dataset = LatentsDataset(recipe.data.path)
     for shape in dataset.buckets():
         if shape[0] != config["out_channels"]:
@@ -105,7 +108,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
     check_images(recipe, dataset, config)
     sections: dict[str, Optimizer] = {"generator": recipe.generator, "fake_score": recipe.fake_score}
     ds_configs = {
-        name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data.batch_size)
+        name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data)
         for name, section in sections.items()
     }
     resume_from = checkpoint.latest(Path(recipe.output_dir))
@@ -114,6 +117,14 @@ def check_inputs(recipe: Recipe) -> Inputs:
         checkpoint.check_same_recipe(resume_from, recipe)
         first_step = checkpoint.resumed_step(resume_from, world_size())
     return Inputs(recipe, model, dataset, config, guidance_embedding, ds_configs, resume_from, first_step)
+
+
+def check_gan(recipe: Recipe, layers: int) -> None:
+    if recipe.gan.sigma_min >= recipe.gan.sigma_max:
+        raise UserError(f"gan.sigma_min={recipe.gan.sigma_min} is not below gan.sigma_max={recipe.gan.sigma_max}")
+    for number in recipe.gan.blocks or ():
+        if number >= layers:
+            raise UserError(f"gan.blocks={recipe.gan.blocks}: there is no block {number}, model.path has {layers}, numbered from 0")
 
 
 def check_images(recipe: Recipe, dataset: LatentsDataset, config: dict) -> None:
@@ -144,9 +155,29 @@ def sharded_transformer(model: Path, config: dict, embedding: GuidanceEmbedding,
     return transformer
 
 
-def build_denoiser(inputs: Inputs, ds_config: dict, sequence: SequenceParallel) -> WanDenoiser:
-    transformer = sharded_transformer(inputs.model, inputs.transformer_config, inputs.guidance_embedding, inputs.recipe.seed, ds_config)
-    return WanDenoiser(transformer, sequence, inputs.recipe.activation_checkpointing)
+def build_transformer(inputs: Inputs, engine: str) -> WanTransformer3DModel:
+    ds_config = inputs.ds_configs[engine]
+    return sharded_transformer(inputs.model, inputs.transformer_config, inputs.guidance_embedding, inputs.recipe.seed, ds_config)
+
+
+def build_generator(inputs: Inputs, sequence: SequenceParallel) -> WanDenoiser:
+    generator = WanDenoiser(build_transformer(inputs, "generator"), sequence, inputs.recipe.activation_checkpointing)
+    return gather_by_block(generator, WanTransformerBlock)
+
+
+def build_score_model(inputs: Inputs, sequence: SequenceParallel) -> ScoreModel:
+    recipe = inputs.recipe
+    transformer = build_transformer(inputs, "fake_score")
+    taps, head = (), None
+    if recipe.gan.is_on:
+        torch.manual_seed(recipe.seed)  # the head's first weights, alike on all ranks
+        taps = recipe.gan.blocks or default_taps(len(transformer.blocks))
+        config = transformer.config
+        head = HEADS[recipe.gan.head](len(taps), config.num_attention_heads * config.attention_head_dim, recipe.gan.width)
+    score_model = ScoreModel(transformer, sequence, recipe.activation_checkpointing, sorted(taps), head)
+    torch.manual_seed(recipe.seed)  # the adapter's first weights, likewise
+    score_model.add_adapter(recipe.fake_score.lora_rank, recipe.fake_score.lora_alpha)
+    return score_model
 
 
 class Trainer:
@@ -158,14 +189,11 @@ class Trainer:
             raise UserError(f"output_dir={recipe.output_dir}: the nodes see different checkpoints there; it must be one folder for all")
         self.dataset = inputs.dataset
         self.prompt_tokens = padded_tokens(self.dataset.most_prompt_tokens, training_dtype())
-        global_batch_size = recipe.data.batch_size * self.mesh.data_size
+        global_batch_size = recipe.data.batch_size * self.mesh.data_size * recipe.data.accumulation
         self.order = BatchOrder(self.dataset.buckets(), global_batch_size, Randomness(recipe.seed))
 
         sequence = SequenceParallel(self.mesh, training_dtype())
-        score_model = build_denoiser(inputs, inputs.ds_configs["fake_score"], sequence)
-        torch.manual_seed(recipe.seed)  # the adapter's first weights, alike on all ranks
-        score_model.add_adapter(recipe.fake_score.lora_rank, recipe.fake_score.lora_alpha)
-        generator = gather_by_block(build_denoiser(inputs, inputs.ds_configs["generator"], sequence), WanTransformerBlock)
+        score_model, generator = build_score_model(inputs, sequence), build_generator(inputs, sequence)
         self.engines = {
             "generator": make_engine(generator, inputs.ds_configs["generator"]),
             "fake_score": make_engine(score_model, inputs.ds_configs["fake_score"]),
@@ -190,25 +218,33 @@ class Trainer:
             checkpoint.write_whole(self.run / "recipe.yaml", dump_recipe(recipe))
         self.monitor = Monitor(self.run, self.first_step, recipe.max_steps, writes=self.mesh.is_first)
 
-    def batch(self, step: int) -> Batch:
-        """This rank's part of the step's global batch."""
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's part of the step's global batch, a batch a backward pass."""
         shape, indices = self.order(step)
-        places = self.mesh.samples(self.recipe.data.batch_size)
+        size, ranks = self.recipe.data.batch_size, self.mesh.data_size
+        first = [number * size * ranks for number in range(self.recipe.data.accumulation)]
+        return [self.batch(shape, indices, [start + place for place in self.mesh.samples(size)]) for start in first]
+
+    def batch(self, shape: tuple[int, ...], indices: list[int], places: list[int]) -> Batch:
+        """The samples at these places of a global batch, whose dataset indices are given."""
         mine = [indices[place] for place in places]
+        device = self.mesh.device
         embeds_BLD = pad_embeds([self.dataset.prompt_embeds(index) for index in mine], self.prompt_tokens)
+        latents_BCTHW = None
+        if self.recipe.uses_latents:
+            latents_BCTHW = torch.stack([self.dataset.latents(index) for index in mine]).to(device, torch.float32)
         guidance_B = None
         if self.embedded_guidance is not None:
-            guidance_B = torch.full((len(mine),), self.embedded_guidance, device=self.mesh.device)
-        image = condition_of(self.dataset, mine, self.mesh.device)
-        return Batch(places, embeds_BLD.to(self.mesh.device), shape, image, guidance_B)
+            guidance_B = torch.full((len(mine),), self.embedded_guidance, device=device)
+        return Batch(places, embeds_BLD.to(device), shape, latents_BCTHW, condition_of(self.dataset, mine, device), guidance_B)
 
     def train(self) -> None:
         for step in range(self.first_step, self.recipe.max_steps):
-            batch = self.batch(step)
+            batches = self.batches(step)
             metrics = {}
             if step % self.recipe.fake_score.updates_per_generator_update == 0:
-                metrics |= self.dmd2.generator_step(batch, step)
-            metrics |= self.dmd2.fake_score_step(batch, step)
+                metrics |= self.dmd2.generator_step(batches, step)
+            metrics |= self.dmd2.fake_score_step(batches, step)
             self.after(step + 1, metrics)
         self.monitor.close()
 

@@ -142,6 +142,10 @@ class LatentsDataset(torch.utils.data.Dataset):
         shard, number = self.places[index]
         return read_tensor(self.folder / f"{shard}.safetensors", f"{number}.{name}")
 
+    def latents(self, index: int) -> torch.Tensor:
+        """`[C, T, H, W]`."""
+        return self._tensor(index, "latents")
+
     def prompt_embeds(self, index: int) -> torch.Tensor:
         """`[L, D]`, without padding."""
         return self._tensor(index, "prompt_embeds")
@@ -151,7 +155,7 @@ class LatentsDataset(torch.utils.data.Dataset):
         return FirstFrame(self._tensor(index, "first_frame_latents"), self._tensor(index, "image_embeds"))
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(self._tensor(index, "latents"), self.prompt_embeds(index), self.about[index]["caption"])
+        return Sample(self.latents(index), self.prompt_embeds(index), self.about[index]["caption"])
 
     def buckets(self) -> dict[tuple[int, int, int, int], list[int]]:
         """Sample indices by latents shape `[C, T, H, W]`, in a fixed order."""
