@@ -18,6 +18,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Sigma = Annotated[float, Field(ge=0, le=1)]
 NotNegativeNumber = Annotated[float, Field(ge=0)]
+VideoSize = Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*x[1-9]\d*$")]
 
 
 class Section(BaseModel):
@@ -34,6 +35,11 @@ class Model(Section):
 class Data(Section):
     path: str = Field(description="a latents dataset made by tools/encode_videos.py, or the name of one in dmd_ds/assets")
     batch_size: Positive = Field(1, description="samples a rank and backward pass")
+    sizes: list[VideoSize] | None = Field(
+        None,
+        min_length=1,
+        description="frames x height x width, one drawn a step; the dataset's own by default, which a GAN, data and images need",
+    )
     accumulation: Positive = Field(1, description="backward passes a step, whose gradients are averaged")
 
 

@@ -10,7 +10,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from dmd_ds import checkpoint
-from dmd_ds.data.latents import BatchOrder, LatentsDataset, pad_embeds
+from dmd_ds.data.latents import BatchOrder, LatentsDataset, SizedOrder, pad_embeds
+from dmd_ds.data.video import VideoSize
 from dmd_ds.distill.dmd2 import Batch, DMD2Engine
 from dmd_ds.errors import UserError
 from dmd_ds.monitor import Monitor
@@ -21,6 +22,7 @@ from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Optimizer, Recipe, dump_recipe
 from dmd_ds.sampler import few_step_sigmas
 from dmd_ds.validation import Validation
+from dmd_ds.wan.autoencoder import latents_shape
 from dmd_ds.wan.denoiser import WanDenoiser
 from dmd_ds.wan.discriminator import HEADS, ScoreModel, default_taps
 from dmd_ds.wan.guidance import add_guidance_embedding, fresh_weights, has_guidance_embedding
@@ -46,6 +48,8 @@ class Inputs:
     recipe: Recipe
     model: Path
     dataset: LatentsDataset
+    latents_shapes: list[tuple[int, int, int, int]]  # [C, T, H, W] of the steps' samples, the first is what is shown
+    video: dict[str, float]  # frames, height, width of the first of them, and fps
     transformer_config: dict
     guidance_embedding: GuidanceEmbedding
     ds_configs: dict[str, dict]
@@ -71,7 +75,7 @@ class Inputs:
 
     def summary(self) -> str:
         config, recipe = self.transformer_config, self.recipe
-        shapes = ", ".join("x".join(map(str, shape)) for shape in self.dataset.buckets())
+        shapes = ", ".join("x".join(map(str, shape)) for shape in self.latents_shapes)
         sigmas = " ".join(f"{sigma:.3f}" for sigma in few_step_sigmas(recipe.sampling))
         accumulated = f" x accumulation {recipe.data.accumulation}" if recipe.data.accumulation > 1 else ""
         return (
@@ -95,7 +99,12 @@ def check_inputs(recipe: Recipe) -> Inputs:
     check_degrees(recipe.parallel, config["num_attention_heads"])
     check_gan(recipe, config["num_layers"])
     dataset = LatentsDataset(recipe.data.path)
-    for shape in dataset.buckets():
+    sizes = [VideoSize.parse(size) for size in recipe.data.sizes or ()]
+    if sizes and (recipe.uses_latents or takes_image(config)):
+        raise UserError(f"data.sizes={recipe.data.sizes}: a GAN, data mode and images need the dataset's own; encode the clips at these")
+    latents_shapes = [latents_shape(size, config, f"data.sizes={size}: ") for size in sizes] or list(dataset.buckets())
+    video = dataset.video | sizes[0]._asdict() if sizes else dataset.video
+    for shape in latents_shapes:
         if shape[0] != config["out_channels"]:
             raise UserError(f"data.path={recipe.data.path}: latents of {shape[0]} channels, model.path takes {config['out_channels']}")
         for size, patch in zip(shape[1:], config["patch_size"], strict=True):
@@ -116,7 +125,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
     if resume_from:
         checkpoint.check_same_recipe(resume_from, recipe)
         first_step = checkpoint.resumed_step(resume_from, world_size())
-    return Inputs(recipe, model, dataset, config, guidance_embedding, ds_configs, resume_from, first_step)
+    return Inputs(recipe, model, dataset, latents_shapes, video, config, guidance_embedding, ds_configs, resume_from, first_step)
 
 
 def check_gan(recipe: Recipe, layers: int) -> None:
@@ -185,12 +194,17 @@ class Trainer:
         recipe = self.recipe = inputs.recipe
         self.run = Path(recipe.output_dir)
         self.mesh = mesh
+        self.video = inputs.video
         if len(set(self.mesh.all_gather_objects(inputs.first_step))) > 1:
             raise UserError(f"output_dir={recipe.output_dir}: the nodes see different checkpoints there; it must be one folder for all")
         self.dataset = inputs.dataset
         self.prompt_tokens = padded_tokens(self.dataset.most_prompt_tokens, training_dtype())
         global_batch_size = recipe.data.batch_size * self.mesh.data_size * recipe.data.accumulation
-        self.order = BatchOrder(self.dataset.buckets(), global_batch_size, Randomness(recipe.seed))
+        randomness = Randomness(recipe.seed)
+        if recipe.data.sizes:
+            self.order = SizedOrder(inputs.latents_shapes, len(self.dataset), global_batch_size, randomness)
+        else:
+            self.order = BatchOrder(self.dataset.buckets(), global_batch_size, randomness)
 
         sequence = SequenceParallel(self.mesh, training_dtype())
         score_model, generator = build_score_model(inputs, sequence), build_generator(inputs, sequence)
@@ -255,7 +269,7 @@ class Trainer:
         if self.validation and (last or step % self.recipe.validation.every == 0):
             self.validation.sample(self.engines["generator"].module, self.run / "samples" / f"step_{step:06d}")
         if last or step % self.recipe.save_every == 0:
-            checkpoint.save(self.run, step, self.engines, self.recipe, self.dataset.video, self.mesh)
+            checkpoint.save(self.run, step, self.engines, self.recipe, self.video, self.mesh)
 
     def mean_over_ranks(self, metrics: dict[str, torch.Tensor | float]) -> dict[str, float]:
         """Means of the ranks' numbers, with one collective and one synchronisation."""

@@ -76,6 +76,8 @@ def test_inputs_that_do_not_fit_together_are_refused_with_both_numbers(world, tm
     refused(world, "sigma_min=0.9 is not below score.sigma_max=0.5", score={"sigma_min": 0.9, "sigma_max": 0.5})
     refused(world, "gan.sigma_min=0.5 is not below gan.sigma_max=0.5", gan={"sigma_min": 0.5, "sigma_max": 0.5})
     refused(world, r"gan.blocks=\[0, 2\]: there is no block 2, model.path has 2", gan={"blocks": [0, 2]})
+    refused(world, "data.sizes=5x30x32: height=30: must be a multiple of 16", data={"sizes": ["5x32x32", "5x30x32"]})
+    refused(world, r"data.sizes=\['5x32x32'\]: a GAN, data mode and images", data={"sizes": ["5x32x32"]}, gan={"generator_weight": 1})
     channels = make_dataset(tmp_path / "channels", shapes=((3, 2, 4, 4),))
     refused(world, "latents of 3 channels, model.path takes 4", data={"path": str(channels)})
     odd = make_dataset(tmp_path / "odd", shapes=((4, 2, 5, 4),))

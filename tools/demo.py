@@ -70,7 +70,7 @@ def write_clips(folder: Path, clips_a_caption: int) -> None:
 
 
 def encode(clips: Path, data: Path, log: Path) -> None:
-    size = ["--frames", str(moving_shapes.FRAMES), "--height", str(moving_shapes.HEIGHT), "--width", str(moving_shapes.WIDTH)]
+    size = ["--sizes", f"{moving_shapes.FRAMES}x{moving_shapes.HEIGHT}x{moving_shapes.WIDTH}"]
     command = [sys.executable, "tools/encode_videos.py", str(clips / "clips.jsonl"), str(data), "--model", TEACHER]
     run(*command, *size, "--fps", str(moving_shapes.FPS), log=log)
 

@@ -194,6 +194,18 @@ class BatchOrder:
         return [batches[i] for i in self.randomness.permutation("batches", epoch, len(batches))]
 
 
+class SizedOrder:
+    """The same for training on prompts alone: any sample at any of the recipe's latents shapes, one of them drawn a step."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], samples: int, global_batch_size: int, randomness: Randomness):
+        self.shapes, self.randomness = shapes, randomness
+        self.order = BatchOrder({(): list(range(samples))}, global_batch_size, randomness)
+
+    def __call__(self, step: int) -> tuple[tuple, list[int]]:
+        """(latents shape, dataset indices of the whole global batch)."""
+        return self.shapes[self.randomness.integer("size", step, len(self.shapes))], self.order(step)[1]
+
+
 def pad_embeds(embeds: list[torch.Tensor], tokens: int) -> torch.Tensor:
     """`[B, tokens, D]`: each `[L, D]` followed by zeros, of which at least one (see wan.denoiser.padding_bias)."""
     return torch.stack([torch.nn.functional.pad(embed, (0, 0, 0, tokens - len(embed))) for embed in embeds])
