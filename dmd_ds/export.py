@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from dmd_ds import checkpoint
 from dmd_ds.checkpoint import ZeroWeights
 from dmd_ds.errors import UserError
-from dmd_ds.generation import Settings, write_settings
-from dmd_ds.recipe import Recipe, load_recipe
-from dmd_ds.sampler import few_step_scheduler, few_step_sigmas
+from dmd_ds.generation import SETTINGS_FILE, Settings, write_settings
+from dmd_ds.recipe import Recipe, Sampling, load_recipe
+from dmd_ds.sampler import few_step_schedule, few_step_scheduler, nearest_stock, timesteps_apart
 from dmd_ds.wan.autoencoder import load_autoencoder
 from dmd_ds.wan.guidance import FOLDED_INTO, folded_bias, has_guidance_embedding
 from dmd_ds.wan.image import load_image_encoder
@@ -118,11 +118,30 @@ def pipeline_class(base: Path) -> str:
     return "WanImageToVideoPipeline" if takes_image(transformer_config(base)) else "WanPipeline"
 
 
+def list_timesteps(sampling: Sampling) -> str:
+    """What the model is told of the noise levels, 1000 for pure noise."""
+    return ", ".join(f"{1000 * float(told):.4g}" for told in few_step_schedule(sampling).told)
+
+
+def sampling_note(sampling: Sampling) -> str:
+    """What the scheduler of the exported folder does otherwise than training, in one line; empty where it does the same."""
+    nearest = nearest_stock(sampling)
+    apart = timesteps_apart(sampling, nearest)
+    if apart < 1e-3:
+        return ""
+    last_sigma = "null" if nearest.last_sigma is None else f"{nearest.last_sigma:.4g}"
+    return (
+        f"No scheduler of stock diffusers samples it as it was trained. The folder's own is the nearest: timesteps "
+        f"{list_timesteps(nearest)}, up to {apart:.3g} away, which is sampling.grid=stretched sampling.shift={nearest.shift:.4g} "
+        f"sampling.last_sigma={last_sigma}. As trained it is sampled by {SETTINGS_FILE} and inference/generate.py of dmd_ds."
+    )
+
+
 def model_card(student: Student, use: str) -> str:
     task = {"WanPipeline": "text-to-video", "WanImageToVideoPipeline": "image-to-video"}[pipeline_class(student.base)]
     recipe, sampling, video = student.recipe, student.recipe.sampling, student.state["video"]
     folded = "" if student.guidance is None else f"Its guidance embedding is folded at {student.guidance}.\n"
-    timesteps = ", ".join(f"{1000 * sigma:.0f}" for sigma in few_step_sigmas(sampling)[:-1])
+    step = {"sde": "noised afresh between them", "ode": "by Euler's steps along the velocity, without noise between them"}[sampling.solver]
     return f"""---
 library_name: diffusers
 pipeline_tag: {task}
@@ -135,8 +154,8 @@ a generator update every {recipe.fake_score.updates_per_generator_update}; the t
 
 {use}
 
-Trained on {video["frames"]} frames of {video["width"]}x{video["height"]}, shift {sampling.shift}: sampled in {sampling.steps} steps,
-without guidance, at the timesteps {timesteps}, noised afresh between them. The base model's licence holds for this one.
+Trained on {video["frames"]} frames of {video["width"]}x{video["height"]}: sampled in {sampling.steps} steps, without guidance,
+at the timesteps {list_timesteps(sampling)}, {step}. The base model's licence holds for this one.
 """
 
 
@@ -157,7 +176,10 @@ def copy_other_parts(base: Path, folder: Path) -> None:
 
 
 def to_diffusers(student: Student, out: Path, largest_file: int = 5 * 10**9) -> None:
-    """A whole diffusers pipeline, whose scheduler samples as the student was trained. Stock: a guidance embedding is folded."""
+    """A whole diffusers pipeline, whose scheduler samples as the student was trained, or as near to it as a stock one can.
+
+    In the second case the model card says so. A guidance embedding is folded.
+    """
     student = student.folded()
     video, recipe = student.state["video"], student.recipe
     with whole_folder(out) as folder:
@@ -166,7 +188,7 @@ def to_diffusers(student: Student, out: Path, largest_file: int = 5 * 10**9) -> 
         config = transformer_config(student.base)
         (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_weights(folder / "transformer", student.specs, student.read, largest_file)
-        scheduler = few_step_scheduler(recipe.sampling)
+        scheduler = few_step_scheduler(nearest_stock(recipe.sampling))
         scheduler.save_pretrained(folder / "scheduler")
         index = json.loads((folder / "model_index.json").read_text())
         index["_class_name"] = pipeline = pipeline_class(student.base)
@@ -181,7 +203,8 @@ def to_diffusers(student: Student, out: Path, largest_file: int = 5 * 10**9) -> 
 
     pipeline = {pipeline}.from_pretrained(FOLDER)
     video = pipeline({takes}, num_inference_steps={recipe.sampling.steps}, guidance_scale=1.0, {size}).frames[0]"""
-        (folder / "README.md").write_text(model_card(student, use))
+        note = sampling_note(recipe.sampling)
+        (folder / "README.md").write_text(model_card(student, f"{use}\n\n{note}" if note else use))
 
 
 def to_wan(student: Student, out: Path, largest_file: int = 5 * 10**9) -> None:

@@ -11,8 +11,8 @@ def per_sample(value_B: torch.Tensor, like_BCTHW: torch.Tensor) -> torch.Tensor:
     return value_B.view(-1, *[1] * (like_BCTHW.ndim - 1))
 
 
-def shift_sigma(sigma: torch.Tensor, shift: float) -> torch.Tensor:
-    """Moves noise levels towards 1: s sigma / (1 + (s - 1) sigma) (Esser et al. 2024, eq. 23)."""
+def shift_sigma(sigma, shift: float):
+    """Moves noise levels, tensor or number, towards 1: s sigma / (1 + (s - 1) sigma) (Esser et al. 2024, eq. 23); 1 / s moves back."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 

@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from dmd_ds.data.latents import pad_embeds
 from dmd_ds.data.video import VideoSize
 from dmd_ds.errors import UserError, read_json
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Positive, Sampling, Section, explain
-from dmd_ds.sampler import Velocity, few_step_sigmas, few_step_x0, guided, scheduler_sample
+from dmd_ds.sampler import Velocity, few_step_schedule, few_step_x0, guided, scheduler_sample, with_steps
 from dmd_ds.wan import original_parts
 from dmd_ds.wan.autoencoder import decode, latents_shape, load_autoencoder
 from dmd_ds.wan.denoiser import WHOLE_SEQUENCE, ImageCondition, WanDenoiser, WholeSequence
@@ -30,16 +31,29 @@ class Settings(Section):
 
     steps: Positive = 50
     guidance: float = Field(5.0, ge=0, description="Ho and Salimans' scale; 1 is the conditional model alone")
-    few_step: Sampling | None = Field(None, description="the grid of a few-step student; None is the folder's own scheduler")
+    few_step: Sampling | None = Field(None, description="how a few-step student samples; None is the folder's own scheduler")
     frames: Positive = 81
     height: Positive = 480
     width: Positive = 832
     fps: float = Field(16, gt=0)
 
+    @field_validator("few_step")
+    @classmethod
+    def check_few_step(cls, few_step: Sampling | None, info: ValidationInfo) -> Sampling | None:
+        if few_step and info.data.get("steps", few_step.steps) != few_step.steps:
+            raise PydanticCustomError("count", f"is of {few_step.steps} steps, but steps={info.data['steps']}")
+        return few_step
+
     def changed(self, **given: float | None) -> "Settings":
-        """These settings with those given that are not None; `UserError` for a value that cannot be."""
+        """These settings with those given that are not None; `UserError` for a value that cannot be.
+
+        Another number of steps gives a few-step student another grid of its kind.
+        """
+        changes: dict = {key: value for key, value in given.items() if value is not None}
         try:
-            return Settings.model_validate({**self.model_dump(), **{key: value for key, value in given.items() if value is not None}})
+            if self.few_step and "steps" in changes:
+                changes["few_step"] = with_steps(self.few_step, changes["steps"]).model_dump()
+            return Settings.model_validate({**self.model_dump(), **changes})
         except ValidationError as error:
             raise UserError(explain(error.errors()[0])) from error
 
@@ -130,7 +144,7 @@ class VideoModel:
         if not self.takes_guidance:
             field = guided(field, velocity([unconditional] * len(prompts)), settings.guidance)
         if settings.few_step:
-            return few_step_x0(field, noise, few_step_sigmas(settings.few_step), settings.few_step.steps - 1)
+            return few_step_x0(field, noise, few_step_schedule(settings.few_step), settings.few_step.steps - 1)
         return scheduler_sample(field, load_scheduler(self.folder), settings.steps, noise(0))
 
     def videos(

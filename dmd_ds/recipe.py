@@ -1,12 +1,14 @@
 """The recipe of a run: typed, checked before anything is built. Defaults <- YAML <- `key=value` from the command line."""
 
 import difflib
+import itertools
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from dmd_ds.errors import UserError
 
@@ -19,6 +21,7 @@ Rate = Annotated[float, Field(gt=0, lt=1)]
 Sigma = Annotated[float, Field(ge=0, le=1)]
 NotNegativeNumber = Annotated[float, Field(ge=0)]
 VideoSize = Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*x[1-9]\d*$")]
+Timesteps = Annotated[tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -77,17 +80,25 @@ class Score(Section):
     guidance: Annotated[float, Field(ge=0)] = Field(
         5.0, description="classifier-free guidance of the real score, Ho and Salimans' scale: 1 is the conditional model alone"
     )
-    shift: Annotated[float, Field(gt=0)] = 5.0
-    sigma_min: Sigma = 0.02
-    sigma_max: Sigma = 0.98
+    shift: Annotated[float, Field(gt=0)] = Field(5.0, description="moves the levels, drawn evenly, towards 1; at 1 they stay even")
+    above_exit: bool = Field(
+        False, description="draws no level below the one to which the exit step's x0 would be noised next; any after the last step"
+    )
+    sigma_min: Sigma = Field(0.02, description="a level drawn below is raised to it")
+    sigma_max: Sigma = Field(0.98, description="a level drawn above is lowered to it")
     normaliser: bool = Field(True, description="divides the gradient by how far the real score is from the sample (DMD, eq. 8)")
 
 
 class Rollout(Section):
-    """How the generator's input at a noise level of its grid is made in training."""
+    """How a sample is made to train on: what the generator is given at an exit step of its schedule, which alone has a gradient."""
 
     input: Literal["simulation", "data"] = Field(
         "simulation", description="what the generator itself makes in the steps before, or the dataset's latents, noised"
+    )
+    exit: Literal["random", "last"] = Field(
+        "random",
+        description="random: any of the steps, drawn evenly, so each step learns from the scores what it makes; last: all steps are "
+        "made and only the last one learns. A gradient at each step of every rollout would be random's in the mean, at K times the cost",
     )
 
 
@@ -113,11 +124,41 @@ class Gan(Section):
 
 
 class Sampling(Section):
-    """The generator's grid of noise levels: the one that a stock FlowMatchEulerDiscreteScheduler of these numbers makes."""
+    """How the generator samples, in training and after: its noise levels and what leads from one to the next."""
 
     steps: Positive = 4
-    shift: Annotated[float, Field(gt=0)] = 5.0
-    last_sigma: Rate | None = Field(0.625, description="noise level of the last step, the grid is stretched to it; none at 1 step")
+    grid: Literal["stretched", "wan"] = Field(
+        "stretched",
+        description="stretched: from 1 down to last_sigma, as a stock FlowMatchEulerDiscreteScheduler has it; wan: from 0.999 in even "
+        "steps to 0, moved by the shift, as the original Wan2.1 code's UniPC has it",
+    )
+    shift: Annotated[float, Field(gt=0)] = Field(5.0, description="moves the grid's levels towards 1")
+    last_sigma: Rate | None = Field(
+        0.625, description="noise level of the last step, to which the stretched grid is stretched; none at 1 step"
+    )
+    timesteps: Timesteps | None = Field(
+        None, description="the levels themselves, 1000 x sigma, falling, in place of a grid; steps is their number"
+    )
+    solver: Literal["sde", "ode"] = Field(
+        "sde", description="sde: x0 is noised afresh to the next level; ode: with the noise that the model sees in x, nothing is drawn"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def count_timesteps(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("timesteps"), list | tuple) and given["timesteps"]:
+            return {"steps": len(given["timesteps"]), **given}
+        return given
+
+    @field_validator("timesteps")
+    @classmethod
+    def check_timesteps(cls, timesteps: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
+        for before, after in itertools.pairwise(timesteps or ()):
+            if after >= before:
+                raise PydanticCustomError("order", f"must fall, but {after:g} follows {before:g}")
+        if timesteps and info.data.get("steps", len(timesteps)) != len(timesteps):
+            raise PydanticCustomError("count", f"are {len(timesteps)}, but steps={info.data['steps']}; leave steps out or let it be that")
+        return timesteps
 
 
 class Validation(Section):

@@ -20,7 +20,7 @@ from dmd_ds.parallel.engine import complete_ds_config, gather_by_block, make_eng
 from dmd_ds.parallel.mesh import Mesh, check_degrees, world_size
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Optimizer, Recipe, dump_recipe
-from dmd_ds.sampler import few_step_sigmas
+from dmd_ds.sampler import few_step_schedule
 from dmd_ds.validation import Validation
 from dmd_ds.wan.autoencoder import latents_shape
 from dmd_ds.wan.denoiser import WanDenoiser
@@ -76,7 +76,7 @@ class Inputs:
     def summary(self) -> str:
         config, recipe = self.transformer_config, self.recipe
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.latents_shapes)
-        sigmas = " ".join(f"{sigma:.3f}" for sigma in few_step_sigmas(recipe.sampling))
+        sigmas = " ".join(f"{sigma:.3f}" for sigma in few_step_schedule(recipe.sampling).sigmas)
         accumulated = f" x accumulation {recipe.data.accumulation}" if recipe.data.accumulation > 1 else ""
         return (
             f"model {self.model}: {'image' if takes_image(config) else 'text'} to video, {config['num_layers']} layers, "
@@ -84,7 +84,7 @@ class Inputs:
             f"{'' if self.guidance_embedding == 'none' else f', {self.guidance_embedding} guidance embedding'}\n"
             f"data {self.dataset.folder}: {len(self.dataset)} samples, latents {shapes}\n"
             f"{self.ranks()} x batch {recipe.data.batch_size}{accumulated}; steps {self.first_step} to {recipe.max_steps}, "
-            f"a generator update every {recipe.fake_score.updates_per_generator_update}; sigmas {sigmas}"
+            f"a generator update every {recipe.fake_score.updates_per_generator_update}; sigmas {sigmas}, {recipe.sampling.solver}"
         )
 
 
@@ -92,6 +92,12 @@ def check_inputs(recipe: Recipe) -> Inputs:
     """Finds everything the recipe names; `UserError` for what is missing or does not fit together."""
     if recipe.score.sigma_min >= recipe.score.sigma_max:
         raise UserError(f"score.sigma_min={recipe.score.sigma_min} is not below score.sigma_max={recipe.score.sigma_max}")
+    second = float(few_step_schedule(recipe.sampling).sigmas[1])
+    if recipe.score.above_exit and recipe.rollout.exit == "random" and second > recipe.score.sigma_max:
+        raise UserError(
+            f"score.sigma_max={recipe.score.sigma_max} is below {second:.3f}, the second noise level of sampling, from which on "
+            "score.above_exit draws; raise it or let the second level be lower"
+        )
     model = find_model(recipe.model.path)
     config = transformer_config(model)
     stored = has_guidance_embedding(transformer_tensors(model))

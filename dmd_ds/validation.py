@@ -11,7 +11,7 @@ from dmd_ds.data.video import contact_sheet, write_video
 from dmd_ds.parallel.mesh import Mesh
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Recipe
-from dmd_ds.sampler import few_step_sigmas, few_step_x0
+from dmd_ds.sampler import few_step_schedule, few_step_x0
 from dmd_ds.wan.autoencoder import decode, load_autoencoder
 from dmd_ds.wan.image import condition_of
 
@@ -22,7 +22,7 @@ class Validation:
         self.mesh = mesh
         self.fps = dataset.fps
         self.randomness = Randomness(recipe.seed)
-        self.sigmas = few_step_sigmas(recipe.sampling)
+        self.schedule = few_step_schedule(recipe.sampling)
         self.vae = load_autoencoder(model, mesh.device)
         self.shape, indices = next(iter(dataset.buckets().items()))
         chosen = [indices[i * len(indices) // recipe.validation.prompts] for i in range(recipe.validation.prompts)]
@@ -39,8 +39,8 @@ class Validation:
         latents = few_step_x0(
             lambda x, sigma_B: generator(x, sigma_B, self.prompt_embeds, guidance_B=self.guidance_B, image=self.image),
             lambda k: self.randomness.normal(f"validation/{k}", 0, self.mine, self.shape, self.mesh.device),
-            self.sigmas,
-            len(self.sigmas) - 2,
+            self.schedule,
+            self.schedule.steps - 1,
         )
         videos = decode(self.vae, latents).numpy()
         gathered = self.mesh.gather_objects(dict(zip(self.mine, videos, strict=True)))

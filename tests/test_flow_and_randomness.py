@@ -17,6 +17,7 @@ def test_x0_comes_back_from_the_true_velocity():
 def test_shift_keeps_the_ends_and_moves_the_middle_up():
     shifted = flow.shift_sigma(torch.tensor([0.0, 0.5, 1.0]), 5.0)
     torch.testing.assert_close(shifted, torch.tensor([0.0, 5 / 6, 1.0]))
+    torch.testing.assert_close(flow.shift_sigma(shifted, 1 / 5.0), torch.tensor([0.0, 0.5, 1.0]))
 
 
 def test_a_draw_is_a_function_of_its_key():

@@ -36,6 +36,14 @@ def test_overrides_reach_nested_keys_and_read_numbers_as_people_write_them():
         ("generator=3", "generator=3: input should be a valid dictionary"),
         ("seed.deep=3", "seed is a value, not a section"),
         ("max_steps", "'max_steps' is not of the form key=value"),
+        ("sampling.timesteps=[1000, 800]", "sampling.timesteps=[1000, 800]: are 2, but steps=4; leave steps out or let it be that"),
+        ("sampling.timesteps=[1000, 900, 900, 20]", "sampling.timesteps=[1000, 900, 900, 20]: must fall, but 900 follows 900"),
+        ("sampling.timesteps=[1200, 900, 800, 20]", "sampling.timesteps.0=1200: input should be less than or equal to 1000"),
+        ("sampling.timesteps=[1000, 900, 800, 0]", "sampling.timesteps.3=0: input should be greater than 0"),
+        ("sampling.timesteps=[]", "sampling.timesteps=[]: tuple should have at least 1 item"),
+        ("sampling.grid=unipc", "sampling.grid='unipc': input should be 'stretched' or 'wan'"),
+        ("sampling.solver=heun", "sampling.solver='heun': input should be 'sde' or 'ode'"),
+        ("rollout.exit=first", "rollout.exit='first': input should be 'random' or 'last'"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_the_key(override, message):

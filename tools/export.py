@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from dmd_ds.errors import UserError, one_line_errors
-from dmd_ds.export import find_student, to_comfyui, to_diffusers, to_lora, to_wan
+from dmd_ds.export import find_student, sampling_note, to_comfyui, to_diffusers, to_lora, to_wan
 
 FORMATS = {"diffusers": to_diffusers, "wan": to_wan, "comfyui": to_comfyui}
 
@@ -40,6 +40,8 @@ def main() -> None:
             print(f"left over: {error.matrices:.2%} of the change in the matrices, {error.rest:.2%} of all change is in other weights")
         else:
             FORMATS[a.format](student, a.out)
+        if a.format == "diffusers" and (note := sampling_note(student.recipe.sampling)):
+            print(note)
         print(a.out)
 
 

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from dmd_ds.errors import one_line_errors
-from dmd_ds.export import find_student, to_diffusers
+from dmd_ds.export import find_student, sampling_note, to_diffusers
 
 
 def main() -> None:
@@ -23,7 +23,10 @@ def main() -> None:
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file in GB (default: %(default)s)")
     a = parser.parse_args()
     with one_line_errors():
-        to_diffusers(find_student(a.checkpoint, a.model), a.out, int(a.max_shard_gb * 1e9))
+        student = find_student(a.checkpoint, a.model)
+        to_diffusers(student, a.out, int(a.max_shard_gb * 1e9))
+        if note := sampling_note(student.recipe.sampling):
+            print(note)
         print(a.out)
 
 

@@ -21,7 +21,7 @@ from dmd_ds.distill.rollout import noised_data, rollout
 from dmd_ds.parallel.engine import set_lr
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Recipe, Score
-from dmd_ds.sampler import Velocity, few_step_sigmas
+from dmd_ds.sampler import Velocity, few_step_schedule
 from dmd_ds.wan.denoiser import ImageCondition
 from dmd_ds.wan.discriminator import ScoreModel
 
@@ -52,9 +52,10 @@ class Batch:
         }
 
 
-def score_sigmas(uniform_B: torch.Tensor, score: Score) -> torch.Tensor:
-    """Noise levels for the scores: uniform numbers, shifted, kept within the recipe's range."""
-    return flow.shift_sigma(uniform_B, score.shift).clamp(score.sigma_min, score.sigma_max)
+def score_sigmas(uniform_B: torch.Tensor, score: Score, lowest: float = 0.0) -> torch.Tensor:
+    """Noise levels for the scores: uniform numbers, shifted, from `lowest` up, kept within the recipe's range."""
+    lowest_uniform = flow.shift_sigma(lowest, 1 / score.shift)  # which the shift moves to `lowest`
+    return flow.shift_sigma(lowest_uniform + (1 - lowest_uniform) * uniform_B, score.shift).clamp(score.sigma_min, score.sigma_max)
 
 
 def x0_of_scores(
@@ -105,26 +106,33 @@ class DMD2Engine:
         self.two_pass_guidance = two_pass_guidance
         self.device = device
         self.randomness = Randomness(recipe.seed)
-        self.sigmas = few_step_sigmas(recipe.sampling)
+        self.schedule = few_step_schedule(recipe.sampling)
+
+    def exit_step(self, step: int, purpose: str) -> int:
+        """The step of the rollout whose x0 is trained on, the same on all ranks."""
+        if self.recipe.rollout.exit == "last":
+            return self.schedule.steps - 1
+        return self.randomness.integer(f"{purpose}/exit_step", step, self.schedule.steps)
 
     # ---- what the generator makes -------------------------------------------------------------------------------------
 
     def generated(self, batch: Batch, step: int, purpose: str, velocity_at_exit: Velocity) -> torch.Tensor:
         """The generator's x0 at an exit step that is the same on all ranks, with gradient as `velocity_at_exit` has it."""
-        exit_step = self.randomness.integer(f"{purpose}/exit_step", step, self.recipe.sampling.steps)
+        exit_step = self.exit_step(step, purpose)
 
         def noise(k: int) -> torch.Tensor:
             return self.randomness.normal(f"{purpose}/rollout{k}", step, batch.samples, batch.latents_shape, self.device)
 
         if self.recipe.rollout.input == "data":
-            return noised_data(batch.latents_BCTHW, velocity_at_exit, noise, self.sigmas, exit_step)
-        return rollout(batch.velocity_of(self.generator.module), velocity_at_exit, noise, self.sigmas, exit_step)
+            return noised_data(batch.latents_BCTHW, velocity_at_exit, noise, self.schedule, exit_step)
+        return rollout(batch.velocity_of(self.generator.module), velocity_at_exit, noise, self.schedule, exit_step)
 
     def noised(self, x0_BCTHW: torch.Tensor, batch: Batch, step: int, purpose: str):
         """The samples at a noise level that the scores look at: (noised latents, noise, sigma)."""
         noise = self.randomness.normal(f"{purpose}/score_noise", step, batch.samples, batch.latents_shape, self.device)
         uniform_B = self.randomness.uniform(f"{purpose}/score_sigma", step, batch.samples, self.device)
-        sigma_B = score_sigmas(uniform_B, self.recipe.score)
+        lowest = float(self.schedule.sigmas[self.exit_step(step, purpose) + 1]) if self.recipe.score.above_exit else 0.0
+        sigma_B = score_sigmas(uniform_B, self.recipe.score, lowest)
         return flow.add_noise(x0_BCTHW, noise, sigma_B), noise, sigma_B
 
     def gan_noise(self, batch: Batch, step: int, purpose: str) -> tuple[torch.Tensor, torch.Tensor]:

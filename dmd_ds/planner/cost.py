@@ -42,8 +42,8 @@ class Passes:
 
 
 def passes(setup: Setup) -> Passes:
-    """The exit step is drawn evenly, so (K - 1) / 2 forwards lead up to it."""
-    share, before = 1 / setup.generator_every, (setup.sampling_steps - 1) / 2
+    """The K - 1 forwards before the last step lead up to the exit step; half of them in the mean where it is drawn evenly."""
+    share, before = 1 / setup.generator_every, (setup.sampling_steps - 1) / (1 if setup.exits_last else 2)
     return Passes(
         rollout=share * before + before + 1,
         generator=share,

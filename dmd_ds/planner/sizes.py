@@ -174,6 +174,7 @@ class Setup:
     score_parts: int = 3  # fake, real conditional, real unconditional; two at guidance 1
     generator_every: int = 5
     sampling_steps: int = 4
+    exits_last: bool = False  # the rollout's exit step is the last one; else it is drawn
     generator_zero: Zero = Zero()
     fake_score_zero: Zero = Zero()
     precision: Precision = Precision()
@@ -225,6 +226,7 @@ def setup_of(recipe: Recipe, model: ModelSize, video: Video, gpus: int, ds_confi
         score_parts=2 if recipe.score.guidance == 1.0 else 3,
         generator_every=recipe.fake_score.updates_per_generator_update,
         sampling_steps=recipe.sampling.steps,
+        exits_last=recipe.rollout.exit == "last",
         generator_zero=Zero.from_ds_config(ds_configs["generator"]),
         fake_score_zero=Zero.from_ds_config(ds_configs["fake_score"]),
         **options,

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from dmd_ds.data.latents import BatchOrder, LatentsDataset
 from dmd_ds.randomness import Randomness
-from dmd_ds.recipe import Recipe
+from dmd_ds.recipe import Recipe, Sampling
 from dmd_ds.wan.denoiser import WHOLE_SEQUENCE
 from dmd_ds.wan.discriminator import HEADS
 
@@ -51,6 +51,25 @@ def give_guidance(transformer: WanTransformer3DModel, weights: dict[str, torch.T
     embedder.time_embedder.register_forward_hook(lambda module, inputs, out: out + embedder.guidance_embedder(waves.expand(len(out), -1)))
 
 
+def noise_levels(sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of the steps and a 0 behind them, and what the model is told of them: t / 1000."""
+    if sampling.timesteps:
+        levels = told = torch.tensor(sampling.timesteps, dtype=torch.float64) / 1000
+    elif sampling.grid == "wan":
+        # t/1000 = .99986, .96535, .91284, .82329, .63607 at 5 steps and shift 7, told as 999, 965, 912, 823, 636
+        even = 0.999 * (1 - torch.arange(sampling.steps, dtype=torch.float64) / sampling.steps)
+        levels = 1 / (1 + (1 / even - 1) / sampling.shift)
+        told = (1000 * levels).floor() / 1000
+    else:
+        # 4 steps at shift 5, stretched so that the last one starts at 0.625: t/1000 = 1, .9649, .8907, .625
+        uniform = torch.linspace(1, 1 / 1000, 4, dtype=torch.float64)
+        uniform[-1] = 5 * uniform[-1] / (1 + 4 * uniform[-1])  # the stock scheduler shifts its lowest level twice
+        levels = 5 * torch.linspace(1, float(uniform[-1]), 4, dtype=torch.float64)
+        levels = levels / (1 + 4 * levels / 5)
+        levels = told = 1 - (1 - levels) * (1 - 0.625) / (1 - levels[-1])
+    return torch.cat([levels, torch.zeros(1)]).float(), told.float()
+
+
 def plain_dmd2(
     recipe: Recipe, global_batch_size: int, epsilon: float, embedding: dict[str, torch.Tensor] | None = None, one_pass: bool = False
 ) -> tuple[list[dict], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -84,12 +103,8 @@ def plain_dmd2(
     draw = Randomness(recipe.seed)
     order = BatchOrder(dataset.buckets(), global_batch_size, draw)
     samples = list(range(global_batch_size))
-    # 4 steps at shift 5, stretched so that the last one starts at 0.625: t/1000 = 1, .9649, .8907, .625
-    uniform = torch.linspace(1, 1 / 1000, 4, dtype=torch.float64)
-    uniform[-1] = 5 * uniform[-1] / (1 + 4 * uniform[-1])  # the stock scheduler shifts its lowest level twice
-    sigmas = 5 * torch.linspace(1, float(uniform[-1]), 4, dtype=torch.float64)
-    sigmas = sigmas / (1 + 4 * sigmas / 5)
-    sigmas = (1 - (1 - sigmas) * (1 - 0.625) / (1 - sigmas[-1])).float()
+    sigmas, told = noise_levels(recipe.sampling)
+    last_step = len(told) - 1
 
     def velocity(model, x, sigma, text, image):
         if image is None:
@@ -106,25 +121,31 @@ def plain_dmd2(
         return sigma, sigma.view(-1, 1, 1, 1, 1), draw.normal(f"{purpose}/gan_noise", step, samples, shape)
 
     def roll(text, image, shape, step, purpose, with_gradient):
-        exit_step = draw.integer(f"{purpose}/exit_step", step, 4)
+        exit_step = last_step if recipe.rollout.exit == "last" else draw.integer(f"{purpose}/exit_step", step, last_step + 1)
         if recipe.rollout.input == "data":
             sigma = sigmas[exit_step]
             x = (1 - sigma) * latents + sigma * draw.normal(f"{purpose}/rollout{exit_step}", step, samples, shape)
             with torch.set_grad_enabled(with_gradient):
-                return x - sigma * velocity(generator, x, sigma.repeat(len(x)), text, image)
+                x0 = x - sigma * velocity(generator, x, told[exit_step].repeat(len(x)), text, image)
+            return x0, float(sigmas[exit_step + 1])
         x = draw.normal(f"{purpose}/rollout0", step, samples, shape)
         for k in range(exit_step + 1):
-            sigma = sigmas[k].repeat(len(x))
             with torch.set_grad_enabled(with_gradient and k == exit_step):
-                x0 = x - sigma.view(-1, 1, 1, 1, 1) * velocity(generator, x, sigma, text, image)
+                x0 = x - sigmas[k] * velocity(generator, x, told[k].repeat(len(x)), text, image)
             if k < exit_step:
-                noise = draw.normal(f"{purpose}/rollout{k + 1}", step, samples, shape)
+                if recipe.sampling.solver == "sde":
+                    noise = draw.normal(f"{purpose}/rollout{k + 1}", step, samples, shape)
+                else:  # that of which x is made, with x0
+                    noise = (x - (1 - sigmas[k]) * x0) / sigmas[k]
                 x = (1 - sigmas[k + 1]) * x0 + sigmas[k + 1] * noise
-        return x0
+        return x0, float(sigmas[exit_step + 1])
 
-    def noised(x0, step, purpose, shape):
+    def noised(x0, next_sigma, step, purpose, shape):
         u = draw.uniform(f"{purpose}/score_sigma", step, samples)
         s = recipe.score.shift
+        if recipe.score.above_exit:  # evenly from the u that the shift makes next_sigma of
+            least = next_sigma / (s - (s - 1) * next_sigma)
+            u = least + (1 - least) * u
         sigma = (s * u / (1 + (s - 1) * u)).clamp(recipe.score.sigma_min, recipe.score.sigma_max)
         noise = draw.normal(f"{purpose}/score_noise", step, samples, shape)
         s5 = sigma.view(-1, 1, 1, 1, 1)
@@ -139,9 +160,9 @@ def plain_dmd2(
         latents = torch.stack([dataset[i].latents for i in indices])
         empty = pad([dataset.negative_embeds_LD] * len(indices))
         if step % recipe.fake_score.updates_per_generator_update == 0:
-            x0 = roll(text, image, shape, step, "generator", with_gradient=True)
+            x0, next_sigma = roll(text, image, shape, step, "generator", with_gradient=True)
             with torch.no_grad():
-                x, _, sigma, s5 = noised(x0, step, "generator", shape)
+                x, _, sigma, s5 = noised(x0, next_sigma, step, "generator", shape)
                 fake = x - s5 * velocity(score, x, sigma, text, image)
                 with score.disable_adapter():
                     conditional, unconditional = (velocity(score, x, sigma, words, image) for words in (text, empty))
@@ -161,8 +182,8 @@ def plain_dmd2(
             line["grad_norm/generator"] = float(torch.nn.utils.clip_grad_norm_(generator.parameters(), recipe.generator.max_grad_norm))
             optimizer_g.param_groups[0]["lr"] = recipe.generator.lr * (0.5 if step == 0 else 1.0)  # warm-up of 1 update
             optimizer_g.step()
-        x0 = roll(text, image, shape, step, "fake_score", with_gradient=False)
-        x, noise, sigma, _ = noised(x0, step, "fake_score", shape)
+        x0, next_sigma = roll(text, image, shape, step, "fake_score", with_gradient=False)
+        x, noise, sigma, _ = noised(x0, next_sigma, step, "fake_score", shape)
         loss = ((velocity(score, x, sigma, text, image) - (noise - x0)) ** 2).mean()
         line["loss/fake_score"] = float(loss.detach())
         if gan.generator_weight:

@@ -4,11 +4,18 @@ from pathlib import Path
 
 import pytest
 
+from dmd_ds.recipe import dump_recipe
 from tests.distributed.comparing import EPSILON, assert_same_numbers, assert_same_weights, assert_trained_as, sharp_recipe, weights
-from tests.distributed.launch import metrics, train
+from tests.distributed.launch import assert_fine, metrics, run_ranks, train
 from tests.distributed.plain_dmd2 import plain_dmd2
 
 STEPS = 4
+# How a sample can be made and looked at, beside the defaults: by the ODE, on other noise levels, to the last step, ...
+WAYS = {
+    "ode on wan's grid": {"sampling": {"grid": "wan", "steps": 5, "shift": 7.0, "solver": "ode"}},
+    "listed timesteps, scores above the exit": {"sampling": {"timesteps": [1000, 850, 500]}, "score": {"above_exit": True}},
+    "ode, exit last": {"sampling": {"solver": "ode"}, "rollout": {"exit": "last"}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +80,22 @@ def test_activation_checkpointing_changes_no_number(world, one_rank):
     recipe = sharp_recipe(world, "no_checkpointing", data={"batch_size": 2}, activation_checkpointing=False)
     train(recipe, ranks=1)
     assert_same_numbers(metrics(recipe), metrics(one_rank), 1e-6)
+
+
+@pytest.fixture(scope="module")
+def ways(world):
+    """A run on two ranks for every way, all in one job."""
+    recipes = {way: sharp_recipe(world, way, data={"batch_size": 1}, **changes) for way, changes in WAYS.items()}
+    files = [world / f"{way}.yaml" for way in recipes]
+    for file, recipe in zip(files, recipes.values(), strict=True):
+        file.write_text(dump_recipe(recipe))
+    assert_fine(run_ranks(2, "-m", "tests.distributed.split_ranks", *map(str, files)))
+    return recipes
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_solvers_grids_exits_and_score_levels_are_those_of_plain_pytorch(ways, plain, way):
+    lines, generator, adapter = plain_dmd2(ways[way], global_batch_size=2, epsilon=EPSILON)
+    assert_same_numbers(metrics(ways[way]), lines, 1e-4)
+    assert_trained_as(ways[way], STEPS, generator, adapter)
+    assert abs(lines[0]["loss/dm"] / plain[0][0]["loss/dm"] - 1) > 0.01, "it makes no difference here"

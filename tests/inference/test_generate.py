@@ -9,9 +9,9 @@ import torch
 
 from dmd_ds.data.video import read_video
 from dmd_ds.errors import UserError
-from dmd_ds.generation import VideoModel
+from dmd_ds.generation import Settings, VideoModel, read_settings, write_settings
 from dmd_ds.parallel.mesh import joined
-from dmd_ds.recipe import REPOSITORY, Parallel
+from dmd_ds.recipe import REPOSITORY, Parallel, Sampling
 from inference.generate import Job, generate, read_jobs
 
 
@@ -65,6 +65,32 @@ def test_other_settings_get_other_names(settings):
     job = Job("a", 1)
     names = {job.name(0, settings, "m", ""), job.name(0, settings.changed(steps=3), "m", ""), job.name(0, settings, "n", "")}
     assert len(names | {Job("A", 1).name(0, settings, "m", ""), job.name(0, settings, "m", "blurry")}) == 5
+
+
+@pytest.mark.parametrize("steps, told", [(1, [1000]), (2, [1000, 800]), (4, [1000, 900, 800, 400])])
+def test_a_student_samples_in_as_many_steps_as_it_is_asked_for(model, settings, steps, told):
+    few_step = Sampling(timesteps=(1000, 800), solver="ode")
+    student = settings.model_copy(update={"steps": 2, "guidance": 1.0, "few_step": few_step}).changed(steps=steps)
+    seen = []
+    hook = model.denoiser.register_forward_hook(lambda module, inputs, output: seen.append(round(1000 * float(inputs[1][0]))))
+    model.latents(["a red circle"], [0], student)
+    hook.remove()
+    assert seen == told and model.evaluations(student) == steps
+
+
+def test_a_students_settings_that_contradict_each_other_are_refused(tmp_path):
+    student = Settings(steps=4, few_step=Sampling(grid="wan", solver="ode"))
+    write_settings(tmp_path, student)
+    assert read_settings(tmp_path) == student
+    with pytest.raises(UserError, match="steps=0: input should be greater"):
+        student.changed(steps=0)
+    with pytest.raises(UserError, match="steps=4: the student was trained at 1 step"):
+        Settings(steps=1, few_step=Sampling(steps=1, last_sigma=None)).changed(steps=4)
+    file = tmp_path / "sampling.json"
+    file.write_text(file.read_text().replace('"steps": 4', '"steps": 3', 1))
+    with pytest.raises(UserError, match="sampling.json: few_step=.*: is of 4 steps, but steps=3") as error:
+        read_settings(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_prompts_are_lines_of_text_or_of_json(tmp_path):

@@ -140,6 +140,13 @@ def test_a_backward_costs_two_forwards_and_checkpointing_one_more():
     assert flops(dataclasses.replace(setup, checkpointing=False)) == pytest.approx(forward * (3 + 1 + 3 + 2))
 
 
+def test_a_rollout_to_the_last_step_costs_all_steps_before_it():
+    forward = WHOLE.model.forward_flops(75_600, 512) / 8
+    drawn = dataclasses.replace(WHOLE, sampling_steps=5, generator_every=1)
+    # 2 of the 4 steps before the last in the mean, in the generator's step and in the fake score's
+    assert flops(dataclasses.replace(drawn, exits_last=True)) - flops(drawn) == pytest.approx(forward * 2 * (4 - 2))
+
+
 def test_a_faster_machine_takes_less_time():
     slow = seconds(dataclasses.replace(WHOLE, gpus=64), Machine())
     assert seconds(dataclasses.replace(WHOLE, gpus=64), Machine(flops=2e15)).compute < slow.compute

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dmd_ds.export import find_student, to_diffusers
 from dmd_ds.generation import VideoModel
-from dmd_ds.sampler import few_step_sigmas, few_step_x0
+from dmd_ds.sampler import few_step_schedule, few_step_x0
 from dmd_ds.wan.text import encode_prompts
 from tests.distributed.launch import train
 from tests.mini import IMAGE_EMBEDS_SHAPE, make_dataset, make_image_pipeline, make_recipe
@@ -78,7 +78,7 @@ def test_stock_diffusers_samples_the_student_as_we_do(student):
     image = model.condition([picture], settings)
     with torch.no_grad():
         ours = few_step_x0(
-            lambda x, s: model.denoiser(x, s, padded, image=image), lambda k: draws[k], few_step_sigmas(settings.few_step), STEPS - 1
+            lambda x, s: model.denoiser(x, s, padded, image=image), lambda k: draws[k], few_step_schedule(settings.few_step), STEPS - 1
         )
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
     assert (theirs(255 - picture) - expected).abs().max() > 1e-2

@@ -1,5 +1,6 @@
 """A checkpoint becomes a folder that stock diffusers loads and samples as this project does."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,12 +14,13 @@ from safetensors.torch import load_file
 
 from dmd_ds.checkpoint import ZeroWeights
 from dmd_ds.errors import UserError
-from dmd_ds.export import find_student, to_diffusers
+from dmd_ds.export import find_student, sampling_note, to_diffusers
 from dmd_ds.generation import VideoModel
-from dmd_ds.recipe import REPOSITORY
-from dmd_ds.sampler import few_step_sigmas, few_step_x0
+from dmd_ds.recipe import REPOSITORY, Sampling, dump_recipe
+from dmd_ds.sampler import few_step_schedule, few_step_x0
 from dmd_ds.wan.denoiser import WanDenoiser
 from dmd_ds.wan.text import encode_prompts
+from tools import export, zero_to_safetensors
 
 CPU = torch.device("cpu")
 
@@ -55,9 +57,9 @@ def test_many_small_files_with_an_index_hold_the_same(run, student):
     assert all(torch.equal(loaded[name], whole[name]) for name in whole)
 
 
-def test_stock_diffusers_samples_the_student_as_we_do(student):
-    """Same noise, two samplers: WanPipeline knows nothing of this project."""
-    prompt, steps = "a red circle", 4
+def two_samplers(student: Path, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ours and the stock WanPipeline, which knows nothing of this project, on the same noise."""
+    prompt = "a red circle"
     pipeline = WanPipeline.from_pretrained(student)
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(7)
@@ -70,13 +72,74 @@ def test_stock_diffusers_samples_the_student_as_we_do(student):
     torch.set_rng_state(after)
     draws = [start] + [torch.randn(1, 4, 2, 4, 4) for _ in range(steps)]
     model = VideoModel(str(student), CPU)
-    assert (model.settings.steps, model.settings.guidance, model.settings.frames, model.settings.height) == (4, 1.0, 5, 32)
     embeds = encode_prompts(model.text, [prompt])[0]
     padded = torch.nn.functional.pad(embeds, (0, 0, 0, 8 - len(embeds)))[None]
     denoiser: WanDenoiser = model.denoiser
+    schedule = few_step_schedule(model.settings.changed(steps=steps).few_step)
     with torch.no_grad():
-        ours = few_step_x0(lambda x, s: denoiser(x, s, padded), lambda k: draws[k], few_step_sigmas(model.settings.few_step), steps - 1)
-    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+        ours = few_step_x0(lambda x, s: denoiser(x, s, padded), lambda k: draws[k], schedule, steps - 1)
+    return ours, theirs
+
+
+def with_sampling(run: Path, sampling: Sampling):
+    """The run's student as if it had been trained so."""
+    student = find_student(run)
+    return dataclasses.replace(student, recipe=student.recipe.model_copy(update={"sampling": sampling}))
+
+
+def test_stock_diffusers_samples_the_student_as_we_do(student):
+    settings = VideoModel(str(student), CPU).settings
+    assert (settings.steps, settings.guidance, settings.frames, settings.height) == (4, 1.0, 5, 32)
+    torch.testing.assert_close(*two_samplers(student, 4), atol=2e-5, rtol=1e-4)
+
+
+STOCK = {
+    "sde, one step": (Sampling(steps=1), "FlowMatchEulerDiscreteScheduler"),
+    "ode": (Sampling(solver="ode"), "FlowMatchEulerDiscreteScheduler"),
+    "ode, wan's grid": (Sampling(grid="wan", steps=5, shift=7.0, solver="ode"), "DPMSolverMultistepScheduler"),
+    "wan's grid, one step": (Sampling(grid="wan", steps=1), "DPMSolverMultistepScheduler"),
+    "a list that is a grid": (Sampling(timesteps=(1000, 750, 500)), "FlowMatchEulerDiscreteScheduler"),
+}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_diffusers_samples_as_we_do_by_what_the_student_was_trained_with(run, tmp_path, name):
+    sampling, scheduler = STOCK[name]
+    to_diffusers(with_sampling(run, sampling), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == scheduler
+    assert not sampling_note(sampling) and "No scheduler" not in (tmp_path / "out" / "README.md").read_text()
+    torch.testing.assert_close(*two_samplers(tmp_path / "out", sampling.steps), atol=2e-5, rtol=1e-4)
+
+
+def test_another_number_of_steps_is_the_same_in_stock_diffusers(run, tmp_path):
+    to_diffusers(with_sampling(run, STOCK["ode, wan's grid"][0]), tmp_path / "out")
+    for steps in (1, 2, 8):
+        torch.testing.assert_close(*two_samplers(tmp_path / "out", steps), atol=2e-5, rtol=1e-4)
+
+
+def test_what_no_stock_scheduler_can_is_said_and_sampled_by_our_own(run, tmp_path, monkeypatch, capsys):
+    """Re-noising on Wan's own grid: what is nearest in stock diffusers, and how far off, is printed and stands in the card."""
+    sampling = Sampling(grid="wan", steps=5, shift=7.0)
+    checkpoint, out = tmp_path / "step_000002", tmp_path / "out"
+    shutil.copytree(run / "checkpoints" / "step_000002", checkpoint)
+    (checkpoint / "recipe.yaml").write_text(dump_recipe(with_sampling(run, sampling).recipe))
+    for tool in (zero_to_safetensors, export):
+        shutil.rmtree(out, ignore_errors=True)
+        monkeypatch.setattr(sys, "argv", [tool.__name__, str(checkpoint), str(out)])
+        tool.main()
+        note, folder = capsys.readouterr().out.splitlines()
+        assert folder == str(out) and note == sampling_note(sampling)
+        assert note.startswith("No scheduler of stock diffusers samples it as it was trained.") and "up to 1 away" in note
+        card = (out / "README.md").read_text()
+        assert note in card and "at the timesteps 999, 965, 912, 823, 636, noised afresh between them" in card
+    model = VideoModel(str(out), CPU)
+    assert model.settings.few_step == sampling
+    told = []
+    model.denoiser.register_forward_hook(lambda module, inputs, output: told.append(round(1000 * float(inputs[1][0]))))
+    model.latents(["a red circle"], [0], model.settings)
+    assert told == [999, 965, 912, 823, 636]
+    ours, theirs = two_samplers(out, 5)
+    assert 1e-4 < (ours - theirs).norm() / theirs.norm() < 0.02  # near, as the note says, and not the same
 
 
 def test_validation_left_videos_and_a_contact_sheet(run):
