@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import diffusers
 import torch
@@ -81,20 +82,25 @@ class Student:
         return self.base_tensors[name].read().float()
 
 
-def find_student(source: Path, model: str | None = None) -> Student:
-    """Of a run's folder (its newest checkpoint) or of one checkpoint; `model` where the base is not at its old path any more."""
-    folder = source if (source / checkpoint.STATE).is_file() else checkpoint.latest(source)
-    if folder is None:
-        raise UserError(f"{source}: neither a checkpoint ({checkpoint.STATE} is missing) nor a run with one")
+def find_student(source: Path, model: str | None = None, weights: Literal["ema", "trained"] | None = None) -> Student:
+    """Of a run's folder (its newest checkpoint) or of one checkpoint; `model` where the base is not at its old path any more.
+
+    `weights`: the average of the trained ones or these themselves; by default the average where there is one.
+    """
+    folder = checkpoint.find(source)
+    average = folder / checkpoint.EMA
+    if weights == "ema" and not average.is_dir():
+        raise UserError(f"{folder}: holds no average of weights; it was trained without generator.ema_decay")
+    averaged = average.is_dir() and weights != "trained"
     recipe = load_recipe(str(folder / checkpoint.RECIPE))
     base = find_model(model or recipe.model.path)
-    weights, base_tensors = ZeroWeights(folder / "generator"), transformer_tensors(base)
-    strange = base_tensors.keys() ^ {name.removeprefix(PREFIX) for name in weights.shapes}
+    found, base_tensors = ZeroWeights(folder / "generator", average if averaged else None), transformer_tensors(base)
+    strange = base_tensors.keys() ^ {name.removeprefix(PREFIX) for name in found.shapes}
     if not has_guidance_embedding(base_tensors):
         strange = {name for name in strange if not name.startswith(GUIDANCE)}
     if strange:
         raise UserError(f"{folder / 'generator'}: its tensors are not those of {base}; {min(strange)} is in one of them only")
-    return Student(recipe, checkpoint.read_state(folder), base, base_tensors, weights)
+    return Student(recipe, checkpoint.read_state(folder), base, base_tensors, found)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ class Optimizer(Section):
 
 class Generator(Optimizer):
     ds_config: str = "ds_configs/generator_zero3.json"
+    ema_decay: Rate | None = Field(None, description="of a moving average of its weights, an update; the average is then the student")
 
 
 class FakeScore(Optimizer):

@@ -15,6 +15,7 @@ from dmd_ds.distill.dmd2 import Batch, DMD2Engine
 from dmd_ds.errors import UserError
 from dmd_ds.monitor import Monitor
 from dmd_ds.parallel.attention import SequenceParallel
+from dmd_ds.parallel.ema import ShardedEMA, check_in_memory
 from dmd_ds.parallel.engine import complete_ds_config, gather_by_block, make_engine, read_ds_config, shard, sharded_build, training_dtype
 from dmd_ds.parallel.mesh import Mesh, check_degrees, world_size
 from dmd_ds.randomness import Randomness
@@ -108,6 +109,8 @@ def check_inputs(recipe: Recipe) -> Inputs:
         name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data.batch_size)
         for name, section in sections.items()
     }
+    if recipe.generator.ema_decay:
+        check_in_memory("generator.ema_decay", ds_configs["generator"])
     resume_from = checkpoint.latest(Path(recipe.output_dir))
     first_step = 0
     if resume_from:
@@ -170,6 +173,7 @@ class Trainer:
             "generator": make_engine(generator, inputs.ds_configs["generator"]),
             "fake_score": make_engine(score_model, inputs.ds_configs["fake_score"]),
         }
+        self.ema = ShardedEMA(self.engines["generator"], recipe.generator.ema_decay) if recipe.generator.ema_decay else None
         negative_embeds_1LD = pad_embeds([self.dataset.negative_embeds_LD], self.prompt_tokens)
         self.embedded_guidance = inputs.embedded_guidance
         self.dmd2 = DMD2Engine(
@@ -184,7 +188,7 @@ class Trainer:
             self.validation = Validation(recipe, inputs.model, self.dataset, self.prompt_tokens, inputs.embedded_guidance, self.mesh)
         self.first_step = inputs.first_step
         if inputs.resume_from:
-            checkpoint.load(inputs.resume_from, self.engines)
+            checkpoint.load(inputs.resume_from, self.engines, self.ema, self.mesh)
         if self.mesh.is_first:
             self.run.mkdir(parents=True, exist_ok=True)
             checkpoint.write_whole(self.run / "recipe.yaml", dump_recipe(recipe))
@@ -208,6 +212,8 @@ class Trainer:
             metrics = {}
             if step % self.recipe.fake_score.updates_per_generator_update == 0:
                 metrics |= self.dmd2.generator_step(batch, step)
+                if self.ema:
+                    self.ema.update()
             metrics |= self.dmd2.fake_score_step(batch, step)
             self.after(step + 1, metrics)
         self.monitor.close()
@@ -219,7 +225,7 @@ class Trainer:
         if self.validation and (last or step % self.recipe.validation.every == 0):
             self.validation.sample(self.engines["generator"].module, self.run / "samples" / f"step_{step:06d}")
         if last or step % self.recipe.save_every == 0:
-            checkpoint.save(self.run, step, self.engines, self.recipe, self.dataset.video, self.mesh)
+            checkpoint.save(self.run, step, self.engines, self.ema, self.recipe, self.dataset.video, self.mesh)
 
     def mean_over_ranks(self, metrics: dict[str, torch.Tensor | float]) -> dict[str, float]:
         """Means of the ranks' numbers, with one collective and one synchronisation."""
