@@ -47,7 +47,7 @@ def evaluate(
         seeds = [first_seed + start + i for i in range(len(part))]
         videos += list(model.videos(part, seeds, settings).numpy())
     seconds = (time.monotonic() - began) / len(prompts)
-    numbers = moving_shapes.score(videos, prompts)
+    numbers = moving_shapes.score([moving_shapes.judge(video) for video in videos], prompts)
     if reference_NF is not None:
         features_NF = np.stack([moving_shapes.features(video) for video in videos])
         numbers["frechet"] = moving_shapes.frechet_distance(features_NF, reference_NF)
