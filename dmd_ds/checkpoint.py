@@ -5,6 +5,7 @@ checkpoints/step_000500/ema/                      the generator's average, where
 checkpoints/step_000500/state.json                step, ranks, video size, versions
 checkpoints/step_000500/recipe.yaml               the recipe it was trained with
 checkpoints/latest                                "step_000500", written when all ranks have finished
+checkpoints/best                                  likewise, of the one with the best score of those that were looked at
 """
 
 import json
@@ -25,11 +26,11 @@ from dmd_ds.parallel.ema import ShardedEMA, rank_file
 from dmd_ds.parallel.mesh import Mesh
 from dmd_ds.recipe import Recipe, dump_recipe, known_keys, load_recipe
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 EMA = "ema"
 STATE = "state.json"
 RECIPE = "recipe.yaml"
-MAY_CHANGE = {"output_dir", "max_steps", "save_every"}
+MAY_CHANGE = {"output_dir", "max_steps", "save_every", "keep_checkpoints"}
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -46,9 +47,12 @@ def save(
     ema: ShardedEMA | None,
     recipe: Recipe,
     video: dict[str, float],
+    score: float | None,
+    is_best: bool,
     mesh: Mesh,
 ) -> Path:
-    """Writes the checkpoint after `step` steps; all ranks call it. `video`: frames, height, width, fps of the training data."""
+    """Writes the checkpoint after `step` steps; all ranks call it. `video`: frames, height, width, fps of the training data;
+    `score`: what the look at this step gave, less is better; `is_best`: than all before."""
     folder = run / "checkpoints" / f"step_{step:06d}"
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     if mesh.is_first:
@@ -67,26 +71,52 @@ def save(
     mesh.barrier()
     if mesh.is_first:
         versions = {"dmd_ds": __version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__}
-        state = {"step": step, "world_size": mesh.world_size, "video": video, **versions}
+        state = {"step": step, "world_size": mesh.world_size, "video": video, "score": score, **versions}
         (unfinished / RECIPE).write_text(dump_recipe(recipe))
         (unfinished / STATE).write_text(json.dumps(state, indent=1) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
         write_whole(folder.with_name(LATEST), folder.name)
+        if is_best:
+            write_whole(folder.with_name(BEST), folder.name)
+        if recipe.keep_checkpoints is not None:
+            remove_old(run, recipe.keep_checkpoints)
     mesh.barrier()
     return folder
 
 
+def remove_old(run: Path, newest: int) -> None:
+    """Keeps the newest so many and the best. (A run that was sent back to an older one has newer ones than its latest.)"""
+    named = pointed(run, BEST), pointed(run, LATEST)
+    whole = sorted((run / "checkpoints").glob("step_*[0-9]"), key=lambda folder: int(folder.name.removeprefix("step_")))
+    for folder in whole[:-newest]:
+        if folder not in named:
+            shutil.rmtree(folder)
+
+
 def latest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run, None where there is none; `UserError` when `latest` names one that is gone."""
-    pointer = run / "checkpoints" / LATEST
+    """The newest whole checkpoint of a run, None where there is none."""
+    return pointed(run, LATEST)
+
+
+def pointed(run: Path, name: str) -> Path | None:
+    """The checkpoint that `latest` or `best` names, None where there is no such pointer; `UserError` when it names one that is gone."""
+    pointer = run / "checkpoints" / name
     if not pointer.is_file():
         return None
     folder = pointer.with_name(pointer.read_text().strip())
     if not (folder / STATE).is_file():
         raise UserError(f"{pointer} names {folder.name}, which is not a whole checkpoint; name another one in it or remove it")
     return folder
+
+
+def best_score(run: Path, recipe: Recipe) -> float | None:
+    """That of the best checkpoint; None where there is none, or it was looked at in another way."""
+    folder = pointed(run, BEST)
+    if folder is None or load_recipe(str(folder / RECIPE)).validation != recipe.validation:
+        return None
+    return read_state(folder)["score"]
 
 
 def find(source: Path) -> Path:

@@ -2,13 +2,10 @@
 
 import dataclasses
 import time
-from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from dmd_ds.data import moving_shapes
-from dmd_ds.errors import UserError
 from dmd_ds.generation import Settings, VideoModel
 from dmd_ds.recipe import PACKAGE
 
@@ -20,13 +17,6 @@ COLUMNS = ("color", "shape", "motion", "both", "speed", "sharpness", "saturation
 class Evaluation:
     videos: list[np.ndarray]
     numbers: dict[str, float]
-
-
-def read_reference(path: Path) -> np.ndarray:
-    """Features `[N, F]` of the kept set."""
-    if not path.is_file():
-        raise UserError(f"--reference {path}: no such file")
-    return load_file(path)["features"].astype(np.float64)
 
 
 def caption_list(count: int) -> list[str]:

@@ -21,7 +21,7 @@ from dmd_ds.parallel.mesh import Mesh, check_degrees, world_size
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Optimizer, Recipe, dump_recipe
 from dmd_ds.sampler import few_step_sigmas
-from dmd_ds.validation import Validation
+from dmd_ds.validation import Validation, check_validation
 from dmd_ds.wan.denoiser import WanDenoiser
 from dmd_ds.wan.guidance import add_guidance_embedding, fresh_weights, has_guidance_embedding
 from dmd_ds.wan.image import condition_of
@@ -109,6 +109,8 @@ def check_inputs(recipe: Recipe) -> Inputs:
         name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data.batch_size)
         for name, section in sections.items()
     }
+    if recipe.validation.every:
+        check_validation(recipe, model)
     if recipe.generator.ema_decay:
         check_in_memory("generator.ema_decay", ds_configs["generator"])
     resume_from = checkpoint.latest(Path(recipe.output_dir))
@@ -185,13 +187,17 @@ class Trainer:
         )
         self.validation = None
         if recipe.validation.every:
-            self.validation = Validation(recipe, inputs.model, self.dataset, self.prompt_tokens, inputs.embedded_guidance, self.mesh)
+            guidance = inputs.embedded_guidance, inputs.two_pass_guidance
+            self.validation = Validation(recipe, inputs.model, self.dataset, self.prompt_tokens, *guidance, self.mesh)
         self.first_step = inputs.first_step
         if inputs.resume_from:
             checkpoint.load(inputs.resume_from, self.engines, self.ema, self.mesh)
         if self.mesh.is_first:
             self.run.mkdir(parents=True, exist_ok=True)
             checkpoint.write_whole(self.run / "recipe.yaml", dump_recipe(recipe))
+        if self.validation and recipe.validation.teacher_steps:
+            self.validation.meet_teacher(score_model)
+        self.best_score = checkpoint.best_score(self.run, recipe)
         self.monitor = Monitor(self.run, self.first_step, recipe.max_steps, writes=self.mesh.is_first)
 
     def batch(self, step: int) -> Batch:
@@ -219,13 +225,20 @@ class Trainer:
         self.monitor.close()
 
     def after(self, step: int, metrics: dict[str, torch.Tensor | float]) -> None:
-        """Logs, validates and saves, after `step` steps."""
-        self.monitor.log(step, self.mean_over_ranks(metrics))
+        """Validates, logs and saves, after `step` steps."""
         last = step == self.recipe.max_steps
+        numbers, score, is_best = self.mean_over_ranks(metrics), None, False
         if self.validation and (last or step % self.recipe.validation.every == 0):
-            self.validation.sample(self.engines["generator"].module, self.run / "samples" / f"step_{step:06d}")
-        if last or step % self.recipe.save_every == 0:
-            checkpoint.save(self.run, step, self.engines, self.ema, self.recipe, self.dataset.video, self.mesh)
+            look = self.validation.look(self.engines["generator"].module, self.ema, self.run / "samples" / f"step_{step:06d}")
+            numbers, score = numbers | look.numbers, look.score
+            is_best = score is not None and (self.best_score is None or score < self.best_score)
+            for warning in look.warnings:
+                self.monitor.warn(step, warning)
+        self.monitor.log(step, numbers)
+        if is_best:
+            self.best_score = score
+        if last or is_best or step % self.recipe.save_every == 0:
+            checkpoint.save(self.run, step, self.engines, self.ema, self.recipe, self.dataset.video, score, is_best, self.mesh)
 
     def mean_over_ranks(self, metrics: dict[str, torch.Tensor | float]) -> dict[str, float]:
         """Means of the ranks' numbers, with one collective and one synchronisation."""

@@ -126,7 +126,7 @@ def make_recipe(folder: Path, **changes) -> Recipe:
         "data": {"path": str(folder / "data"), "batch_size": 2},
         "generator": {"lr": 1e-3},
         "fake_score": {"lr": 1e-2, "updates_per_generator_update": 2, "lora_rank": 4, "lora_alpha": 8},
-        "validation": {"every": 0},
+        "validation": {"every": 0, "teacher_steps": 2},
     }
     for key, value in changes.items():
         tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value

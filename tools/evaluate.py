@@ -16,7 +16,7 @@ import torch
 from dmd_ds.checkpoint import write_whole
 from dmd_ds.data import moving_shapes
 from dmd_ds.errors import UserError, one_line_errors
-from dmd_ds.evaluation import REFERENCE, caption_list, evaluate, read_reference, table
+from dmd_ds.evaluation import REFERENCE, caption_list, evaluate, table
 from dmd_ds.generation import VideoModel
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     with one_line_errors():
         if a.prompts < 2:
             raise UserError(f"--prompts {a.prompts}: a Fréchet distance takes at least 2")
-        reference_NF = read_reference(a.reference)
+        reference_NF = moving_shapes.read_features(a.reference)
         model = VideoModel(a.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         settings = model.settings.changed(steps=a.steps, guidance=a.guidance)
         numbers = evaluate(model, caption_list(a.prompts), a.seed, settings, reference_NF).numbers

@@ -10,8 +10,13 @@ Shape suffixes: T frames, H W picture height and width, N clips, F features. Vid
 import dataclasses
 import itertools
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from dmd_ds.errors import UserError
 
 FRAMES, HEIGHT, WIDTH, FPS = 17, 64, 64, 8
 BACKGROUND = 32
@@ -284,6 +289,17 @@ def features(video_THW3: np.ndarray) -> np.ndarray:
             [36.0 * chroma_THW[cut].mean(), 14.0 * np.percentile(chroma_THW[cut], 95)],
         ]
     return np.concatenate(numbers).astype(np.float64)
+
+
+def read_features(path: Path) -> np.ndarray:
+    """Those `[N, F]` of a kept set; `UserError` for a file that holds none."""
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not readable as safetensors: {error}") from error
+    if "features" not in found or found["features"].ndim != 2:
+        raise UserError(f"{path}: holds no table `features` of a kept set")
+    return found["features"].astype(np.float64)
 
 
 def frechet_distance(features_NF: np.ndarray, reference_NF: np.ndarray) -> float:

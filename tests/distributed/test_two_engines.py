@@ -18,6 +18,7 @@ from tests.distributed.launch import assert_fine, metrics, run_ranks, train
 from tests.distributed.plain_dmd2 import PlainEMA, plain_dmd2
 
 STEPS = 4
+LOOKED_AT = {"every": 2, "prompts": 3, "batch_size": 1}
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +28,14 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(world):
-    recipe = sharp_recipe(world, "two_ranks", data={"batch_size": 1})
+    recipe = sharp_recipe(world, "two_ranks", data={"batch_size": 1}, validation=LOOKED_AT)
     train(recipe, ranks=2)
     return recipe
 
 
 @pytest.fixture(scope="module")
 def one_rank(world):
-    recipe = sharp_recipe(world, "one_rank", data={"batch_size": 2})
+    recipe = sharp_recipe(world, "one_rank", data={"batch_size": 2}, validation={**LOOKED_AT, "batch_size": 2})
     train(recipe, ranks=1)
     return recipe
 
@@ -88,10 +89,22 @@ def test_two_ranks_of_one_are_one_rank_of_two(two_ranks, one_rank):
     assert_same_weights(weights(two_ranks, STEPS, "generator"), weights(one_rank, STEPS, "generator"), 1e-5)
 
 
+def test_what_validation_measures_does_not_depend_on_ranks_or_its_batches(two_ranks, one_rank):
+    """Three videos on two ranks, one at a time, are three on one rank, two at a time."""
+    ours, theirs = ({k: v for k, v in metrics(recipe)[-1].items() if k.startswith("validation/")} for recipe in (two_ranks, one_rank))
+    assert ours.keys() == theirs.keys() and {"validation/ema/drift", "validation/trained/drift_motion"} <= ours.keys()
+    assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    assert ours["validation/ema/drift"] != ours["validation/trained/drift"] > 0
+
+
 def test_stopped_and_resumed_is_never_stopped_bit_for_bit(world, two_ranks):
-    train(sharp_recipe(world, "resumed", data={"batch_size": 1}, max_steps=2), ranks=2)
-    resumed = sharp_recipe(world, "resumed", data={"batch_size": 1})
+    changes = {"data": {"batch_size": 1}, "validation": LOOKED_AT}
+    train(sharp_recipe(world, "resumed", max_steps=2, **changes), ranks=2)
+    teacher = world / "resumed" / "samples" / "teacher"
+    made_at = {file: file.stat().st_mtime_ns for file in teacher.iterdir()}
+    resumed = sharp_recipe(world, "resumed", **changes)
     train(resumed, ranks=2)
+    assert made_at == {file: file.stat().st_mtime_ns for file in teacher.iterdir()}  # the teacher is not asked again
     strip = [{key: line[key] for key in line if key != "seconds"} for line in metrics(resumed)]
     assert strip == [{key: line[key] for key in line if key != "seconds"} for line in metrics(two_ranks)]
     for engine in ("generator", "fake_score"):
