@@ -70,6 +70,11 @@ class Student:
             return self
         return dataclasses.replace(self, guidance=self.recipe.score.guidance if guidance is None else guidance)
 
+    @property
+    def settings(self) -> Settings:
+        """How it is sampled: as it was trained, without guidance beside its own."""
+        return Settings(steps=self.recipe.sampling.steps, guidance=1.0, few_step=self.recipe.sampling, **self.state["video"])
+
     def read(self, name: str) -> torch.Tensor:
         if name == FOLDED_INTO and self.guidance is not None:
             return folded_bias(lambda name: self.weights.read(PREFIX + name), self.guidance)
@@ -179,7 +184,7 @@ def to_diffusers(student: Student, out: Path, largest_file: int = 5 * 10**9) -> 
         index["transformer"] = ["diffusers", "WanTransformer3DModel"]
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        write_settings(folder, Settings(steps=recipe.sampling.steps, guidance=1.0, few_step=recipe.sampling, **video))
+        write_settings(folder, student.settings)
         size = f"height={video['height']}, width={video['width']}, num_frames={video['frames']}"
         takes = {"WanPipeline": "prompt", "WanImageToVideoPipeline": "image, prompt"}[pipeline]
         use = f"""    import torch

@@ -1,5 +1,6 @@
 """A diffusers Wan folder, teacher or student, and the videos it makes: for inference, evaluation and the demo alike."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from dmd_ds.wan.guidance import takes_guidance
 from dmd_ds.wan.image import image_condition, load_image_encoder, show_first_frame
 from dmd_ds.wan.original_parts import is_original
 from dmd_ds.wan.text import encode_prompts, load_text_encoder, padded_tokens
-from dmd_ds.wan.weights import find_model, takes_image, transformer_config, whole_transformer
+from dmd_ds.wan.weights import find_model, takes_image, transformer_config, transformer_tensors, whole_transformer
 
 SETTINGS_FILE = "sampling.json"  # beside model_index.json, in the folders that this project writes
 
@@ -36,9 +37,15 @@ class Settings(Section):
     fps: float = Field(16, gt=0)
 
     def changed(self, **given: float | None) -> "Settings":
-        """These settings with those given that are not None; `UserError` for a value that cannot be."""
+        """These settings with those given that are not None; `UserError` for a value that cannot be.
+
+        Another number of steps gives a few-step student another grid of its kind.
+        """
+        changes: dict = {key: value for key, value in given.items() if value is not None}
+        if self.few_step and "steps" in changes:
+            changes["few_step"] = {**self.few_step.model_dump(), "steps": changes["steps"]}
         try:
-            return Settings.model_validate({**self.model_dump(), **{key: value for key, value in given.items() if value is not None}})
+            return Settings.model_validate({**self.model_dump(), **changes})
         except ValidationError as error:
             raise UserError(explain(error.errors()[0])) from error
 
@@ -67,6 +74,12 @@ def load_scheduler(folder: Path) -> UniPCMultistepScheduler:
     if name != "UniPCMultistepScheduler":
         raise UserError(f"{path}: {name}, not Wan2.1's UniPCMultistepScheduler; a few-step student needs its {SETTINGS_FILE} beside it")
     return UniPCMultistepScheduler.from_pretrained(folder / "scheduler")
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells the weights of one folder from others, at the same path or not, without reading them whole."""
+    files = sorted({tensor.file for tensor in transformer_tensors(folder).values()})
+    return json.dumps([str(folder)] + [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
 
 
 def inference_dtype(device: torch.device) -> torch.dtype:
