@@ -68,6 +68,8 @@ def check(a: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be at least 1")
     if a.prompts < 2:
         raise UserError(f"--prompts {a.prompts}: a Fréchet distance takes at least 2")
+    if not a.reference.is_file():
+        raise UserError(f"--reference {a.reference}: no such file")
     if len(set(a.models)) < len(a.models):
         raise UserError(f"{' '.join(a.models)}: name each student once")
     if a.steps and (min(a.steps) < 1 or len(set(a.steps)) < len(a.steps)):
