@@ -1,5 +1,6 @@
 """A diffusers Wan folder, teacher or student, and the videos it makes: for inference, evaluation and the demo alike."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from dmd_ds.wan.guidance import takes_guidance
 from dmd_ds.wan.image import image_condition, load_image_encoder, show_first_frame
 from dmd_ds.wan.original_parts import is_original
 from dmd_ds.wan.text import encode_prompts, load_text_encoder, padded_tokens
-from dmd_ds.wan.weights import find_model, takes_image, transformer_config, whole_transformer
+from dmd_ds.wan.weights import find_model, takes_image, transformer_config, transformer_tensors, whole_transformer
 
 SETTINGS_FILE = "sampling.json"  # beside model_index.json, in the folders that this project writes
 
@@ -82,6 +83,12 @@ def load_scheduler(folder: Path) -> UniPCMultistepScheduler:
     if name != "UniPCMultistepScheduler":
         raise UserError(f"{path}: {name}, not Wan2.1's UniPCMultistepScheduler; a few-step student needs its {SETTINGS_FILE} beside it")
     return UniPCMultistepScheduler.from_pretrained(folder / "scheduler")
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells the weights of one folder from others, at the same path or not, without reading them whole."""
+    files = sorted({tensor.file for tensor in transformer_tensors(folder).values()})
+    return json.dumps([str(folder)] + [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
 
 
 def inference_dtype(device: torch.device) -> torch.dtype:

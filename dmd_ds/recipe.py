@@ -65,6 +65,7 @@ class Optimizer(Section):
 
 class Generator(Optimizer):
     ds_config: str = "ds_configs/generator_zero3.json"
+    ema_decay: Rate | None = Field(None, description="of a moving average of its weights, an update; the average is then the student")
 
 
 class FakeScore(Optimizer):
@@ -163,7 +164,19 @@ class Sampling(Section):
 
 class Validation(Section):
     every: NotNegative = Field(500, description="steps between two looks at the generator; 0 is never")
-    prompts: Positive = Field(4, description="how many of the dataset's captions are sampled")
+    prompts: Positive = Field(4, description="how many of the dataset's captions are sampled and measured")
+    shown: NotNegative = Field(8, description="the first so many of them become mp4 files")
+    batch_size: Positive = Field(1, description="videos a rank makes at once")
+    reference: str | None = Field(
+        None, description="features of a kept set, a file or one in dmd_ds/assets: the Fréchet distance to it is measured"
+    )
+    teacher_steps: NotNegative = Field(
+        30, description="steps of the teacher's own videos of the same prompts, made once, against which drift is watched; 0 is no watch"
+    )
+    drift_band: Annotated[float, Field(gt=0)] = Field(0.25, description="share of the teacher's by which a measure may be off unwarned")
+    keep_best: bool = Field(
+        True, description="saves where the Fréchet distance, or without a reference the drift, is least so far; checkpoints/best names it"
+    )
 
 
 class Recipe(Section):
@@ -171,6 +184,7 @@ class Recipe(Section):
     output_dir: str
     max_steps: NotNegative
     save_every: Positive = 500
+    keep_checkpoints: Positive | None = Field(None, description="the newest so many stay, and the best; null: all")
     seed: int = 0
     activation_checkpointing: bool = True
     model: Model
@@ -285,6 +299,14 @@ def find_folder(key: str, path: str, holding: str) -> Path:
     if Path(path).is_dir():
         raise UserError(f"{key}={path}: no {holding} in that folder")
     raise UserError(f"{key}={path}: no such folder, here or in {PACKAGE.name}/assets")
+
+
+def find_file(key: str, path: str) -> Path:
+    """The file a recipe's key names: from here, or one that ships in dmd_ds/assets."""
+    for file in (Path(path), PACKAGE / "assets" / path):
+        if file.is_file():
+            return file
+    raise UserError(f"{key}={path}: no such file, here or in {PACKAGE.name}/assets")
 
 
 def find_ds_config(key: str, path: str) -> Path:

@@ -16,12 +16,13 @@ from dmd_ds.distill.dmd2 import Batch, DMD2Engine
 from dmd_ds.errors import UserError
 from dmd_ds.monitor import Monitor
 from dmd_ds.parallel.attention import SequenceParallel
+from dmd_ds.parallel.ema import ShardedEMA, check_in_memory
 from dmd_ds.parallel.engine import complete_ds_config, gather_by_block, make_engine, read_ds_config, shard, sharded_build, training_dtype
 from dmd_ds.parallel.mesh import Mesh, check_degrees, world_size
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Optimizer, Recipe, dump_recipe
 from dmd_ds.sampler import few_step_schedule
-from dmd_ds.validation import Validation
+from dmd_ds.validation import Validation, check_validation
 from dmd_ds.wan.autoencoder import latents_shape
 from dmd_ds.wan.denoiser import WanDenoiser
 from dmd_ds.wan.discriminator import HEADS, ScoreModel, default_taps
@@ -109,7 +110,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
     if sizes and (recipe.uses_latents or takes_image(config)):
         raise UserError(f"data.sizes={recipe.data.sizes}: a GAN, data mode and images need the dataset's own; encode the clips at these")
     latents_shapes = [latents_shape(size, config, f"data.sizes={size}: ") for size in sizes] or list(dataset.buckets())
-    video = dataset.video | sizes[0]._asdict() if sizes else dataset.video
+    video = dataset.video | (sizes[0]._asdict() if sizes else {})
     for shape in latents_shapes:
         if shape[0] != config["out_channels"]:
             raise UserError(f"data.path={recipe.data.path}: latents of {shape[0]} channels, model.path takes {config['out_channels']}")
@@ -126,6 +127,10 @@ def check_inputs(recipe: Recipe) -> Inputs:
         name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data)
         for name, section in sections.items()
     }
+    if recipe.validation.every:
+        check_validation(recipe, model)
+    if recipe.generator.ema_decay:
+        check_in_memory("generator.ema_decay", ds_configs["generator"])
     resume_from = checkpoint.latest(Path(recipe.output_dir))
     first_step = 0
     if resume_from:
@@ -218,6 +223,7 @@ class Trainer:
             "generator": make_engine(generator, inputs.ds_configs["generator"]),
             "fake_score": make_engine(score_model, inputs.ds_configs["fake_score"]),
         }
+        self.ema = ShardedEMA(self.engines["generator"], recipe.generator.ema_decay) if recipe.generator.ema_decay else None
         negative_embeds_1LD = pad_embeds([self.dataset.negative_embeds_LD], self.prompt_tokens)
         self.embedded_guidance = inputs.embedded_guidance
         self.dmd2 = DMD2Engine(
@@ -229,13 +235,19 @@ class Trainer:
         )
         self.validation = None
         if recipe.validation.every:
-            self.validation = Validation(recipe, inputs.model, self.dataset, self.prompt_tokens, inputs.embedded_guidance, self.mesh)
+            guidance = inputs.embedded_guidance, inputs.two_pass_guidance
+            self.validation = Validation(
+                recipe, inputs.model, self.dataset, inputs.video, inputs.latents_shapes[0], self.prompt_tokens, *guidance, self.mesh
+            )
         self.first_step = inputs.first_step
         if inputs.resume_from:
-            checkpoint.load(inputs.resume_from, self.engines)
+            checkpoint.load(inputs.resume_from, self.engines, self.ema, self.mesh)
         if self.mesh.is_first:
             self.run.mkdir(parents=True, exist_ok=True)
             checkpoint.write_whole(self.run / "recipe.yaml", dump_recipe(recipe))
+        if self.validation and recipe.validation.teacher_steps:
+            self.validation.meet_teacher(score_model)
+        self.best_score = checkpoint.best_score(self.run, recipe)
         self.monitor = Monitor(self.run, self.first_step, recipe.max_steps, writes=self.mesh.is_first)
 
     def batches(self, step: int) -> list[Batch]:
@@ -264,18 +276,27 @@ class Trainer:
             metrics = {}
             if step % self.recipe.fake_score.updates_per_generator_update == 0:
                 metrics |= self.dmd2.generator_step(batches, step)
+                if self.ema:
+                    self.ema.update()
             metrics |= self.dmd2.fake_score_step(batches, step)
             self.after(step + 1, metrics)
         self.monitor.close()
 
     def after(self, step: int, metrics: dict[str, torch.Tensor | float]) -> None:
-        """Logs, validates and saves, after `step` steps."""
-        self.monitor.log(step, self.mean_over_ranks(metrics))
+        """Validates, logs and saves, after `step` steps."""
         last = step == self.recipe.max_steps
+        numbers, score, is_best = self.mean_over_ranks(metrics), None, False
         if self.validation and (last or step % self.recipe.validation.every == 0):
-            self.validation.sample(self.engines["generator"].module, self.run / "samples" / f"step_{step:06d}")
-        if last or step % self.recipe.save_every == 0:
-            checkpoint.save(self.run, step, self.engines, self.recipe, self.video, self.mesh)
+            look = self.validation.look(self.engines["generator"].module, self.ema, self.run / "samples" / f"step_{step:06d}")
+            numbers, score = numbers | look.numbers, look.score
+            is_best = score is not None and (self.best_score is None or score < self.best_score)
+            for warning in look.warnings:
+                self.monitor.warn(step, warning)
+        self.monitor.log(step, numbers)
+        if is_best:
+            self.best_score = score
+        if last or is_best or step % self.recipe.save_every == 0:
+            checkpoint.save(self.run, step, self.engines, self.ema, self.recipe, self.video, score, is_best, self.mesh)
 
     def mean_over_ranks(self, metrics: dict[str, torch.Tensor | float]) -> dict[str, float]:
         """Means of the ranks' numbers, with one collective and one synchronisation."""

@@ -130,8 +130,9 @@ class LatentsDataset(torch.utils.data.Dataset):
 
     @property
     def video(self) -> dict[str, float]:
-        """Frames, height, width and frames a second of the first sample's video."""
-        return {key: self.about[0][key] for key in ("frames", "height", "width")} | {"fps": self.fps}
+        """Frames, height, width and frames a second of the videos in the first bucket."""
+        first = next(iter(self.buckets().values()))[0]
+        return {key: self.about[first][key] for key in ("frames", "height", "width")} | {"fps": self.fps}
 
     @property
     def most_prompt_tokens(self) -> int:

@@ -11,6 +11,7 @@ from dmd_ds.recipe import Recipe
 from tests.mini import make_dataset, make_pipeline, make_recipe
 
 EPSILON = 1e-6
+EMA_DECAY = 0.2  # reached at the second update
 LOGGED = (
     "loss/dm", "grad_norm/generator", "loss/fake_score", "grad_norm/fake_score",
     "loss/gan_generator", "loss/gan_discriminator", "loss/r1",
@@ -30,7 +31,7 @@ def sharp_recipe(folder: Path, name: str, **changes) -> Recipe:
     ds_config.write_text(json.dumps({"zero_optimization": zero, "optimizer": optimizer}))
     sections = {
         # clipping well below the norms there are, so that a wrong norm shows in the weights
-        "generator": {"lr": 1e-3, "warmup_steps": 1, "max_grad_norm": 0.05, "ds_config": str(ds_config)},
+        "generator": {"lr": 1e-3, "warmup_steps": 1, "max_grad_norm": 0.05, "ds_config": str(ds_config), "ema_decay": EMA_DECAY},
         "fake_score": {
             "lr": 1e-3, "warmup_steps": 2, "max_grad_norm": 0.2, "updates_per_generator_update": 2, "lora_rank": 4, "lora_alpha": 8,
             "ds_config": str(ds_config),
@@ -41,6 +42,13 @@ def sharp_recipe(folder: Path, name: str, **changes) -> Recipe:
 
 def weights(recipe: Recipe, step: int, engine: str) -> dict[str, torch.Tensor]:
     zero = ZeroWeights(Path(recipe.output_dir) / "checkpoints" / f"step_{step:06d}" / engine)
+    return {name: zero.read(name) for name in zero.shapes}
+
+
+def averages(recipe: Recipe, step: int) -> dict[str, torch.Tensor]:
+    """The generator's averaged weights."""
+    folder = Path(recipe.output_dir) / "checkpoints" / f"step_{step:06d}"
+    zero = ZeroWeights(folder / "generator", folder / "ema")
     return {name: zero.read(name) for name in zero.shapes}
 
 

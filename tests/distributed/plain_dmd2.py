@@ -70,15 +70,36 @@ def noise_levels(sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([levels, torch.zeros(1)]).float(), told.float()
 
 
+class PlainEMA:
+    """An average of a model's weights whose decay grows as (1 + n) / (10 + n)."""
+
+    def __init__(self, decay: float):
+        self.decay, self.updates, self.weights = decay, 0, {}
+
+    def update(self, model: torch.nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, weight in model.named_parameters():
+            self.weights[name] = decay * self.weights[name] + (1 - decay) * weight.detach()
+
+
 def plain_dmd2(
-    recipe: Recipe, global_batch_size: int, epsilon: float, embedding: dict[str, torch.Tensor] | None = None, one_pass: bool = False
+    recipe: Recipe,
+    global_batch_size: int,
+    epsilon: float,
+    embedding: dict[str, torch.Tensor] | None = None,
+    one_pass: bool = False,
+    ema: PlainEMA | None = None,
 ) -> tuple[list[dict], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(metrics a step, the generator's weights, the weights of the adapter and of the GAN head).
 
     `embedding`: first weights of a guidance embedding; with `one_pass` the real score has its guidance from it alone.
+    `ema`: follows the generator.
     """
     generator = WanTransformer3DModel.from_pretrained(f"{recipe.model.path}/transformer").train()
     base = copy.deepcopy(generator)
+    if ema:
+        ema.weights = {name: weight.detach().clone() for name, weight in generator.named_parameters()}
     if embedding:
         give_guidance(generator, embedding, recipe.score.guidance)
         give_guidance(base, embedding, recipe.score.guidance)
@@ -182,6 +203,8 @@ def plain_dmd2(
             line["grad_norm/generator"] = float(torch.nn.utils.clip_grad_norm_(generator.parameters(), recipe.generator.max_grad_norm))
             optimizer_g.param_groups[0]["lr"] = recipe.generator.lr * (0.5 if step == 0 else 1.0)  # warm-up of 1 update
             optimizer_g.step()
+            if ema:
+                ema.update(generator)
         x0, next_sigma = roll(text, image, shape, step, "fake_score", with_gradient=False)
         x, noise, sigma, _ = noised(x0, next_sigma, step, "fake_score", shape)
         loss = ((velocity(score, x, sigma, text, image) - (noise - x0)) ** 2).mean()
