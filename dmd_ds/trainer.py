@@ -49,8 +49,9 @@ class Inputs:
     recipe: Recipe
     model: Path
     dataset: LatentsDataset
-    latents_shapes: list[tuple[int, int, int, int]]  # [C, T, H, W] of the steps' samples, the first is what is shown
-    video: dict[str, float]  # frames, height, width of the first of them, and fps
+    latents_shapes: list[tuple[int, int, int, int]]  # [C, T, H, W] of the steps' samples
+    shown_shape: tuple[int, int, int, int]  # of what validation makes: the recipe's first size, or the dataset's most common
+    video: dict[str, float]  # its frames, height, width and fps
     transformer_config: dict
     guidance_embedding: GuidanceEmbedding
     ds_configs: dict[str, dict]
@@ -110,6 +111,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
     if sizes and (recipe.uses_latents or takes_image(config)):
         raise UserError(f"data.sizes={recipe.data.sizes}: a GAN, data mode and images need the dataset's own; encode the clips at these")
     latents_shapes = [latents_shape(size, config, f"data.sizes={size}: ") for size in sizes] or list(dataset.buckets())
+    shown_shape = latents_shapes[0] if sizes else dataset.main_shape
     video = dataset.video | (sizes[0]._asdict() if sizes else {})
     for shape in latents_shapes:
         if shape[0] != config["out_channels"]:
@@ -136,7 +138,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
     if resume_from:
         checkpoint.check_same_recipe(resume_from, recipe)
         first_step = checkpoint.resumed_step(resume_from, world_size())
-    return Inputs(recipe, model, dataset, latents_shapes, video, config, guidance_embedding, ds_configs, resume_from, first_step)
+    return Inputs(recipe, model, dataset, latents_shapes, shown_shape, video, config, guidance_embedding, ds_configs, resume_from, first_step)
 
 
 def check_gan(recipe: Recipe, layers: int) -> None:
@@ -237,7 +239,7 @@ class Trainer:
         if recipe.validation.every:
             guidance = inputs.embedded_guidance, inputs.two_pass_guidance
             self.validation = Validation(
-                recipe, inputs.model, self.dataset, inputs.video, inputs.latents_shapes[0], self.prompt_tokens, *guidance, self.mesh
+                recipe, inputs.model, self.dataset, inputs.video, inputs.shown_shape, self.prompt_tokens, *guidance, self.mesh
             )
         self.first_step = inputs.first_step
         if inputs.resume_from:

@@ -129,9 +129,15 @@ class LatentsDataset(torch.utils.data.Dataset):
         return len(self.places)
 
     @property
+    def main_shape(self) -> tuple[int, int, int, int]:
+        """`[C, T, H, W]` of the latents in the fullest bucket."""
+        buckets = self.buckets()
+        return max(buckets, key=lambda shape: len(buckets[shape]))
+
+    @property
     def video(self) -> dict[str, float]:
-        """Frames, height, width and frames a second of the videos in the first bucket."""
-        first = next(iter(self.buckets().values()))[0]
+        """Frames, height, width and frames a second of the videos in the fullest bucket."""
+        first = self.buckets()[self.main_shape][0]
         return {key: self.about[first][key] for key in ("frames", "height", "width")} | {"fps": self.fps}
 
     @property
