@@ -1,32 +1,36 @@
-"""What a model is worth on the moving shapes: the judge's shares and means, the Fréchet distance, seconds and evaluations."""
+"""What a model is worth on the moving shapes: the judge's shares and means, the Fréchet distance, the spread within a caption,
+seconds and evaluations; students and their teacher side by side, at several numbers of steps."""
 
 import dataclasses
+import hashlib
+import json
 import time
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from dmd_ds.charts import Panel
 from dmd_ds.data import moving_shapes
-from dmd_ds.errors import UserError
 from dmd_ds.generation import Settings, VideoModel
 from dmd_ds.recipe import PACKAGE
+from dmd_ds.source import Source
 
 REFERENCE = PACKAGE / "assets" / "tiny-wan" / "reference.safetensors"
 COLUMNS = ("color", "shape", "motion", "both", "speed", "sharpness", "saturation", "frechet", "seconds", "evaluations")
+COMPARED = ("gap_closed", "diversity")  # to the teacher: columns of a comparison alone
+SPREADS = ("size_spread", "path_spread", "start_spread")
+SHOWN = 6  # videos of an evaluation that are kept, for the contact sheet
+OTHER_SEEDS = 5_000_000  # from the judged videos' seeds to those of a reference that is made here
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     videos: list[np.ndarray]
+    features_NF: np.ndarray
     numbers: dict[str, float]
-
-
-def read_reference(path: Path) -> np.ndarray:
-    """Features `[N, F]` of the kept set."""
-    if not path.is_file():
-        raise UserError(f"--reference {path}: no such file")
-    return load_file(path)["features"].astype(np.float64)
 
 
 def caption_list(count: int) -> list[str]:
@@ -47,17 +51,127 @@ def evaluate(
         seeds = [first_seed + start + i for i in range(len(part))]
         videos += list(model.videos(part, seeds, settings).numpy())
     seconds = (time.monotonic() - began) / len(prompts)
-    numbers = moving_shapes.score(videos, prompts)
+    verdicts = [moving_shapes.judge(video) for video in videos]
+    numbers = moving_shapes.score(verdicts, prompts) | moving_shapes.diversity(verdicts, prompts)
+    features_NF = np.stack([moving_shapes.features(video) for video in videos])
     if reference_NF is not None:
-        features_NF = np.stack([moving_shapes.features(video) for video in videos])
         numbers["frechet"] = moving_shapes.frechet_distance(features_NF, reference_NF)
-    return Evaluation(videos, {**numbers, "seconds": seconds, "evaluations": model.evaluations(settings)})
+    return Evaluation(videos, features_NF, {**numbers, "seconds": seconds, "evaluations": model.evaluations(settings)})
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """The numbers as a text table, a row a model."""
+def table(rows: dict[str, dict[str, float]], columns: tuple[str, ...] = COLUMNS) -> str:
+    """The numbers as a text table, a row a model; a dash where there is none."""
     width = max(len(name) for name in rows)
-    lines = [" " * width + "".join(f"{column:>12}" for column in COLUMNS)]
+    lines = [" " * width + "".join(f"{column:>12}" for column in columns)]
     for name, numbers in rows.items():
-        lines.append(name.ljust(width) + "".join(f"{numbers[column]:>12.3f}" for column in COLUMNS))
+        cells = [f"{numbers[column]:.3f}" if column in numbers else "-" for column in columns]
+        lines.append(name.ljust(width) + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
+
+
+# ---- several models, each evaluated once ------------------------------------------------------------------------------
+
+
+class Evaluator:
+    """Evaluates sources on the same captions and seeds, and keeps what it found in a folder, so nothing is made twice."""
+
+    def __init__(self, prompts: list[str], first_seed: int, cache: Path, device: torch.device, batch_size: int):
+        self.prompts, self.first_seed, self.cache, self.device, self.batch_size = prompts, first_seed, cache, device, batch_size
+        self.loaded: tuple[Source, VideoModel] | None = None
+
+    def __call__(self, source: Source, settings: Settings, seeds_from: int = 0) -> Evaluation:
+        """`seeds_from`: added to every seed. Of the videos the first `SHOWN` stay."""
+        first_seed = self.first_seed + seeds_from
+        key = json.dumps([source.mark, settings.model_dump(mode="json"), self.prompts, first_seed])
+        file = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+        if not file.is_file():
+            print(f"sampling {len(self.prompts)} videos in {settings.steps} steps: {source.name}", flush=True)
+            found = evaluate(self.model(source), self.prompts, first_seed, settings, batch_size=self.batch_size)
+            self.cache.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(".tmp")
+            tensors = {"features": found.features_NF, "videos": np.stack(found.videos[:SHOWN])}
+            save_file(tensors, unfinished, metadata={"numbers": json.dumps(found.numbers)})
+            unfinished.rename(file)
+        with safe_open(file, framework="numpy") as opened:
+            numbers = json.loads(opened.metadata()["numbers"])
+            return Evaluation(list(opened.get_tensor("videos")), opened.get_tensor("features"), numbers)
+
+    def model(self, source: Source) -> VideoModel:
+        """The last one stays loaded."""
+        if self.loaded is None or self.loaded[0] is not source:
+            self.loaded = source, source.load(self.device)
+        return self.loaded[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a comparison. `kind`: the guided teacher; undistilled, which is the teacher sampled as a student is; or student."""
+
+    kind: str
+    model: str
+    steps: int
+    evaluation: Evaluation
+
+    @property
+    def title(self) -> str:
+        return f"{self.model}, {self.steps}"
+
+
+def compare(
+    evaluator: Evaluator, students: list[tuple[Source, Settings]], teacher: tuple[Source, Settings] | None, steps: list[int]
+) -> list[Row]:
+    """The students at each number of steps; before them the teacher at its own, guided, and what it makes in a student's steps."""
+    rows = []
+    if teacher:
+        source, settings = teacher
+        rows.append(Row("teacher", "teacher, guided", settings.steps, evaluator(source, settings)))
+        few_step = {number: students[0][1].changed(steps=number).few_step for number in steps}
+        for number, grid in few_step.items():
+            undistilled = settings.model_copy(update={"steps": number, "few_step": grid, "guidance": 1.0})
+            rows.append(Row("undistilled", "undistilled", number, evaluator(source, undistilled)))
+    for source, settings in students:
+        rows += [Row("student", source.name, number, evaluator(source, settings.changed(steps=number))) for number in steps]
+    return rows
+
+
+def lines_of(rows: list[Row], reference_NF: np.ndarray | None) -> dict[str, dict[str, float]]:
+    """The numbers of each row, by its title, with what compares it to the teacher where there is one.
+
+    `gap_closed`: (undistilled - student) / (undistilled - teacher) in Fréchet distances, at the same number of steps.
+    `diversity`: the least of the spreads' ratios to the teacher's. `both`, `speed` and `saturation` `_of_teacher`: ratios.
+    """
+    lines = {row.title: dict(row.evaluation.numbers) for row in rows}
+    if reference_NF is not None:
+        for row in rows:
+            lines[row.title]["frechet"] = moving_shapes.frechet_distance(row.evaluation.features_NF, reference_NF)
+    teacher = next((lines[row.title] for row in rows if row.kind == "teacher"), None)
+    if teacher is None:
+        return lines
+    undistilled = {row.steps: lines[row.title] for row in rows if row.kind == "undistilled"}
+    for row in rows:
+        line = lines[row.title]
+        if min(teacher[spread] for spread in SPREADS) > 0:  # it has two videos of a caption
+            line["diversity"] = min(line[spread] / teacher[spread] for spread in SPREADS)
+        line |= {f"{name}_of_teacher": line[name] / teacher[name] for name in ("both", "speed", "saturation") if teacher[name] > 0}
+        if row.kind == "student" and "frechet" in line:
+            before = undistilled[row.steps]["frechet"]
+            line["gap_closed"] = (before - line["frechet"]) / (before - teacher["frechet"])
+    return lines
+
+
+def panels(rows: list[Row], lines: dict[str, dict[str, float]]) -> list[Panel]:
+    """Curves over the number of steps, of what is there."""
+    found = []
+    for name in ("frechet", "both", "diversity", "speed", "saturation", "seconds"):
+        curves: dict[str, dict[int, float]] = {}
+        level = None
+        for row in rows:
+            if name not in lines[row.title]:
+                continue
+            if row.kind == "teacher":
+                level = lines[row.title][name]
+            else:
+                curves.setdefault(row.model, {})[row.steps] = lines[row.title][name]
+        if curves:
+            found.append(Panel(name, curves, level))
+    return found

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import diffusers
 import torch
@@ -69,6 +70,11 @@ class Student:
             return self
         return dataclasses.replace(self, guidance=self.recipe.score.guidance if guidance is None else guidance)
 
+    @property
+    def settings(self) -> Settings:
+        """How it is sampled: as it was trained, without guidance beside its own."""
+        return Settings(steps=self.recipe.sampling.steps, guidance=1.0, few_step=self.recipe.sampling, **self.state["video"])
+
     def read(self, name: str) -> torch.Tensor:
         if name == FOLDED_INTO and self.guidance is not None:
             return folded_bias(lambda name: self.weights.read(PREFIX + name), self.guidance)
@@ -81,20 +87,25 @@ class Student:
         return self.base_tensors[name].read().float()
 
 
-def find_student(source: Path, model: str | None = None) -> Student:
-    """Of a run's folder (its newest checkpoint) or of one checkpoint; `model` where the base is not at its old path any more."""
-    folder = source if (source / checkpoint.STATE).is_file() else checkpoint.latest(source)
-    if folder is None:
-        raise UserError(f"{source}: neither a checkpoint ({checkpoint.STATE} is missing) nor a run with one")
+def find_student(source: Path, model: str | None = None, weights: Literal["ema", "trained"] | None = None) -> Student:
+    """Of a run's folder (its newest checkpoint) or of one checkpoint; `model` where the base is not at its old path any more.
+
+    `weights`: the average of the trained ones or these themselves; by default the average where there is one.
+    """
+    folder = checkpoint.find(source)
+    average = folder / checkpoint.EMA
+    if weights == "ema" and not average.is_dir():
+        raise UserError(f"{folder}: holds no average of weights; it was trained without generator.ema_decay")
+    averaged = average.is_dir() and weights != "trained"
     recipe = load_recipe(str(folder / checkpoint.RECIPE))
     base = find_model(model or recipe.model.path)
-    weights, base_tensors = ZeroWeights(folder / "generator"), transformer_tensors(base)
-    strange = base_tensors.keys() ^ {name.removeprefix(PREFIX) for name in weights.shapes}
+    found, base_tensors = ZeroWeights(folder / "generator", average if averaged else None), transformer_tensors(base)
+    strange = base_tensors.keys() ^ {name.removeprefix(PREFIX) for name in found.shapes}
     if not has_guidance_embedding(base_tensors):
         strange = {name for name in strange if not name.startswith(GUIDANCE)}
     if strange:
         raise UserError(f"{folder / 'generator'}: its tensors are not those of {base}; {min(strange)} is in one of them only")
-    return Student(recipe, checkpoint.read_state(folder), base, base_tensors, weights)
+    return Student(recipe, checkpoint.read_state(folder), base, base_tensors, found)
 
 
 @contextlib.contextmanager
@@ -195,7 +206,7 @@ def to_diffusers(student: Student, out: Path, largest_file: int = 5 * 10**9) -> 
         index["transformer"] = ["diffusers", "WanTransformer3DModel"]
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        write_settings(folder, Settings(steps=recipe.sampling.steps, guidance=1.0, few_step=recipe.sampling, **video))
+        write_settings(folder, student.settings)
         size = f"height={video['height']}, width={video['width']}, num_frames={video['frames']}"
         takes = {"WanPipeline": "prompt", "WanImageToVideoPipeline": "image, prompt"}[pipeline]
         use = f"""    import torch

@@ -1,5 +1,6 @@
 """A diffusers Wan folder, teacher or student, and the videos it makes: for inference, evaluation and the demo alike."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +10,19 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from dmd_ds.data.latents import pad_embeds
+from dmd_ds.data.video import VideoSize
 from dmd_ds.errors import UserError, read_json
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Positive, Sampling, Section, explain
 from dmd_ds.sampler import Velocity, few_step_schedule, few_step_x0, guided, scheduler_sample, with_steps
 from dmd_ds.wan import original_parts
-from dmd_ds.wan.autoencoder import SPACE_STRIDE, TIME_STRIDE, decode, load_autoencoder
+from dmd_ds.wan.autoencoder import decode, latents_shape, load_autoencoder
 from dmd_ds.wan.denoiser import WHOLE_SEQUENCE, ImageCondition, WanDenoiser, WholeSequence
 from dmd_ds.wan.guidance import takes_guidance
 from dmd_ds.wan.image import image_condition, load_image_encoder, show_first_frame
 from dmd_ds.wan.original_parts import is_original
 from dmd_ds.wan.text import encode_prompts, load_text_encoder, padded_tokens
-from dmd_ds.wan.weights import find_model, takes_image, transformer_config, whole_transformer
+from dmd_ds.wan.weights import find_model, takes_image, transformer_config, transformer_tensors, whole_transformer
 
 SETTINGS_FILE = "sampling.json"  # beside model_index.json, in the folders that this project writes
 
@@ -83,6 +85,12 @@ def load_scheduler(folder: Path) -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler.from_pretrained(folder / "scheduler")
 
 
+def fingerprint(folder: Path) -> str:
+    """Tells the weights of one folder from others, at the same path or not, without reading them whole."""
+    files = sorted({tensor.file for tensor in transformer_tensors(folder).values()})
+    return json.dumps([str(folder)] + [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+
+
 def inference_dtype(device: torch.device) -> torch.dtype:
     """bf16 on accelerators, fp32 on the CPU."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -109,18 +117,7 @@ class VideoModel:
 
     def latents_shape(self, settings: Settings) -> tuple[int, int, int, int]:
         """`[C, T, H, W]` of the latents of a video of that size; `UserError` for a size the model cannot make."""
-        config = self.denoiser.transformer.config
-        if (settings.frames - 1) % TIME_STRIDE:
-            raise UserError(f"frames={settings.frames}: must be 4n + 1, the nearest is {(settings.frames - 1) // 4 * 4 + 1}")
-        for name, size, patch in (("height", settings.height, config.patch_size[1]), ("width", settings.width, config.patch_size[2])):
-            if size % (SPACE_STRIDE * patch):
-                raise UserError(f"{name}={size}: must be a multiple of {SPACE_STRIDE * patch}")
-        return (
-            config.out_channels,
-            (settings.frames - 1) // TIME_STRIDE + 1,
-            settings.height // SPACE_STRIDE,
-            settings.width // SPACE_STRIDE,
-        )
+        return latents_shape(VideoSize(settings.frames, settings.height, settings.width), self.denoiser.transformer.config)
 
     def condition(self, pictures: list[np.ndarray], settings: Settings) -> ImageCondition:
         """What an image-to-video model is shown: a picture a video, uint8 `[height, width, 3]` of the settings' size."""

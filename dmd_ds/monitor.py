@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard, a progress bar. Only the first rank writes."""
+"""What a run tells while it runs: metrics.jsonl, warnings.jsonl, TensorBoard, a progress bar. Only the first rank writes."""
 
 import json
 import sys
@@ -18,10 +18,11 @@ class Monitor:
         self.began = time.monotonic()
         if not writes:
             return
-        self.metrics = run / "metrics.jsonl"
-        if self.metrics.is_file():  # steps after the checkpoint that a resumed run takes again
-            lines = [line for line in self.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            write_whole(self.metrics, "".join(line for line in lines if json.loads(line)["step"] <= first_step))
+        self.metrics, self.warnings = run / "metrics.jsonl", run / "warnings.jsonl"
+        for file in (self.metrics, self.warnings):
+            if file.is_file():  # steps after the checkpoint that a resumed run takes again
+                lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                write_whole(file, "".join(line for line in lines if json.loads(line)["step"] <= first_step))
         self.file = self.metrics.open("a", buffering=1)
         self.tensorboard = SummaryWriter(run / "tensorboard", purge_step=first_step + 1)
         self.bar = tqdm(initial=first_step, total=max_steps, unit="step", file=sys.stdout, mininterval=10, ncols=110)
@@ -38,6 +39,14 @@ class Monitor:
             self.tensorboard.add_scalar(name, number, step)
         self.bar.set_postfix({name: f"{number:.3g}" for name, number in numbers.items() if name.startswith("loss")}, refresh=False)
         self.bar.update()
+
+    def warn(self, step: int, text: str) -> None:
+        """Says it above the progress bar and keeps it in warnings.jsonl."""
+        if not self.writes:
+            return
+        tqdm.write(f"warning: step {step}: {text}", file=sys.stdout)
+        with self.warnings.open("a") as file:
+            file.write(json.dumps({"step": step, "warning": text}) + "\n")
 
     def close(self) -> None:
         if self.writes:

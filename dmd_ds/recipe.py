@@ -19,6 +19,8 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Sigma = Annotated[float, Field(ge=0, le=1)]
+NotNegativeNumber = Annotated[float, Field(ge=0)]
+VideoSize = Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*x[1-9]\d*$")]
 Timesteps = Annotated[tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=1)]
 
 
@@ -35,7 +37,13 @@ class Model(Section):
 
 class Data(Section):
     path: str = Field(description="a latents dataset made by tools/encode_videos.py, or the name of one in dmd_ds/assets")
-    batch_size: Positive = Field(1, description="samples a rank and step")
+    batch_size: Positive = Field(1, description="samples a rank and backward pass")
+    sizes: list[VideoSize] | None = Field(
+        None,
+        min_length=1,
+        description="frames x height x width, one drawn a step; the dataset's own by default, which a GAN, data and images need",
+    )
+    accumulation: Positive = Field(1, description="backward passes a step, whose gradients are averaged")
 
 
 class Parallel(Section):
@@ -57,6 +65,7 @@ class Optimizer(Section):
 
 class Generator(Optimizer):
     ds_config: str = "ds_configs/generator_zero3.json"
+    ema_decay: Rate | None = Field(None, description="of a moving average of its weights, an update; the average is then the student")
 
 
 class FakeScore(Optimizer):
@@ -78,16 +87,41 @@ class Score(Section):
     )
     sigma_min: Sigma = Field(0.02, description="a level drawn below is raised to it")
     sigma_max: Sigma = Field(0.98, description="a level drawn above is lowered to it")
+    normaliser: bool = Field(True, description="divides the gradient by how far the real score is from the sample (DMD, eq. 8)")
 
 
 class Rollout(Section):
-    """How a sample is made to train on: by the generator's own sampling up to an exit step, which alone has a gradient."""
+    """How a sample is made to train on: what the generator is given at an exit step of its schedule, which alone has a gradient."""
 
+    input: Literal["simulation", "data"] = Field(
+        "simulation", description="what the generator itself makes in the steps before, or the dataset's latents, noised"
+    )
     exit: Literal["random", "last"] = Field(
         "random",
         description="random: any of the steps, drawn evenly, so each step learns from the scores what it makes; last: all steps are "
         "made, the last one learns. A gradient at every step of each rollout would be random's in the mean, at K times the cost",
     )
+
+
+class Gan(Section):
+    """A discriminator on the fake score's features, of the dataset's latents against what the generator makes.
+
+    Both are noised to one level first, drawn uniformly between sigma_min and sigma_max.
+    """
+
+    generator_weight: NotNegativeNumber = Field(0.0, description="of its part in the generator's loss; at 0 there is no GAN")
+    discriminator_weight: Annotated[float, Field(gt=0)] = Field(0.1, description="of its own loss beside the fake score's")
+    head: Literal["token", "convolution"] = Field("token", description="a mark for every token, or convolutions and attention over all")
+    blocks: list[NotNegative] | None = Field(None, min_length=1, description="whose features it reads; at 1/2, 3/4 and the end by default")
+    width: Positive = Field(256, description="of the head's own layers")
+    sigma_min: Sigma = 0.02
+    sigma_max: Sigma = 0.98
+    r1_weight: NotNegativeNumber = Field(0.0, description="of the approximate R1 penalty on the discriminator's slope at real samples")
+    r1_strength: Annotated[float, Field(gt=0)] = Field(0.1, description="of the noise the slope is measured with, in units of latents")
+
+    @property
+    def is_on(self) -> bool:
+        return self.generator_weight > 0
 
 
 class Sampling(Section):
@@ -130,7 +164,19 @@ class Sampling(Section):
 
 class Validation(Section):
     every: NotNegative = Field(500, description="steps between two looks at the generator; 0 is never")
-    prompts: Positive = Field(4, description="how many of the dataset's captions are sampled")
+    prompts: Positive = Field(4, description="how many of the dataset's captions are sampled and measured")
+    shown: NotNegative = Field(8, description="the first so many of them become mp4 files")
+    batch_size: Positive = Field(1, description="videos a rank makes at once")
+    reference: str | None = Field(
+        None, description="features of a kept set, a file or one in dmd_ds/assets: the Fréchet distance to it is measured"
+    )
+    teacher_steps: NotNegative = Field(
+        30, description="steps of the teacher's own videos of the same prompts, made once, against which drift is watched; 0 is no watch"
+    )
+    drift_band: Annotated[float, Field(gt=0)] = Field(0.25, description="share of the teacher's by which a measure may be off unwarned")
+    keep_best: bool = Field(
+        True, description="saves where the Fréchet distance, or without a reference the drift, is least so far; checkpoints/best names it"
+    )
 
 
 class Recipe(Section):
@@ -138,6 +184,7 @@ class Recipe(Section):
     output_dir: str
     max_steps: NotNegative
     save_every: Positive = 500
+    keep_checkpoints: Positive | None = Field(None, description="the newest so many stay, and the best; null: all")
     seed: int = 0
     activation_checkpointing: bool = True
     model: Model
@@ -146,9 +193,15 @@ class Recipe(Section):
     generator: Generator
     fake_score: FakeScore
     score: Score = Score()
+    gan: Gan = Gan()
     rollout: Rollout = Rollout()
     sampling: Sampling = Sampling()
     validation: Validation = Validation()
+
+    @property
+    def uses_latents(self) -> bool:
+        """Whether training looks at the dataset's latents, and not at its prompts alone."""
+        return self.gan.is_on or self.rollout.input == "data"
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------
@@ -246,6 +299,14 @@ def find_folder(key: str, path: str, holding: str) -> Path:
     if Path(path).is_dir():
         raise UserError(f"{key}={path}: no {holding} in that folder")
     raise UserError(f"{key}={path}: no such folder, here or in {PACKAGE.name}/assets")
+
+
+def find_file(key: str, path: str) -> Path:
+    """The file a recipe's key names: from here, or one that ships in dmd_ds/assets."""
+    for file in (Path(path), PACKAGE / "assets" / path):
+        if file.is_file():
+            return file
+    raise UserError(f"{key}={path}: no such file, here or in {PACKAGE.name}/assets")
 
 
 def find_ds_config(key: str, path: str) -> Path:

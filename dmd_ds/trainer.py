@@ -10,18 +10,22 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from dmd_ds import checkpoint
-from dmd_ds.data.latents import BatchOrder, LatentsDataset, pad_embeds
+from dmd_ds.data.latents import BatchOrder, LatentsDataset, SizedOrder, pad_embeds
+from dmd_ds.data.video import VideoSize
 from dmd_ds.distill.dmd2 import Batch, DMD2Engine
 from dmd_ds.errors import UserError
 from dmd_ds.monitor import Monitor
 from dmd_ds.parallel.attention import SequenceParallel
+from dmd_ds.parallel.ema import ShardedEMA, check_in_memory
 from dmd_ds.parallel.engine import complete_ds_config, gather_by_block, make_engine, read_ds_config, shard, sharded_build, training_dtype
 from dmd_ds.parallel.mesh import Mesh, check_degrees, world_size
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Optimizer, Recipe, dump_recipe
 from dmd_ds.sampler import few_step_schedule
-from dmd_ds.validation import Validation
+from dmd_ds.validation import Validation, check_validation
+from dmd_ds.wan.autoencoder import latents_shape
 from dmd_ds.wan.denoiser import WanDenoiser
+from dmd_ds.wan.discriminator import HEADS, ScoreModel, default_taps
 from dmd_ds.wan.guidance import add_guidance_embedding, fresh_weights, has_guidance_embedding
 from dmd_ds.wan.image import condition_of
 from dmd_ds.wan.text import padded_tokens
@@ -45,6 +49,9 @@ class Inputs:
     recipe: Recipe
     model: Path
     dataset: LatentsDataset
+    latents_shapes: list[tuple[int, int, int, int]]  # [C, T, H, W] of the steps' samples
+    shown_shape: tuple[int, int, int, int]  # of what validation makes: the recipe's first size, or the dataset's most common
+    video: dict[str, float]  # its frames, height, width and fps
     transformer_config: dict
     guidance_embedding: GuidanceEmbedding
     ds_configs: dict[str, dict]
@@ -70,14 +77,15 @@ class Inputs:
 
     def summary(self) -> str:
         config, recipe = self.transformer_config, self.recipe
-        shapes = ", ".join("x".join(map(str, shape)) for shape in self.dataset.buckets())
+        shapes = ", ".join("x".join(map(str, shape)) for shape in self.latents_shapes)
         sigmas = " ".join(f"{sigma:.3f}" for sigma in few_step_schedule(recipe.sampling).sigmas)
+        accumulated = f" x accumulation {recipe.data.accumulation}" if recipe.data.accumulation > 1 else ""
         return (
             f"model {self.model}: {'image' if takes_image(config) else 'text'} to video, {config['num_layers']} layers, "
             f"{config['num_attention_heads']} heads of {config['attention_head_dim']}"
             f"{'' if self.guidance_embedding == 'none' else f', {self.guidance_embedding} guidance embedding'}\n"
             f"data {self.dataset.folder}: {len(self.dataset)} samples, latents {shapes}\n"
-            f"{self.ranks()} x batch {recipe.data.batch_size}; steps {self.first_step} to {recipe.max_steps}, "
+            f"{self.ranks()} x batch {recipe.data.batch_size}{accumulated}; steps {self.first_step} to {recipe.max_steps}, "
             f"a generator update every {recipe.fake_score.updates_per_generator_update}; sigmas {sigmas}, {recipe.sampling.solver}"
         )
 
@@ -97,8 +105,15 @@ def check_inputs(recipe: Recipe) -> Inputs:
     stored = has_guidance_embedding(transformer_tensors(model))
     guidance_embedding = "stored" if stored else "fresh" if recipe.model.guidance_embedding else "none"
     check_degrees(recipe.parallel, config["num_attention_heads"])
+    check_gan(recipe, config["num_layers"])
     dataset = LatentsDataset(recipe.data.path)
-    for shape in dataset.buckets():
+    sizes = [VideoSize.parse(size) for size in recipe.data.sizes or ()]
+    if sizes and (recipe.uses_latents or takes_image(config)):
+        raise UserError(f"data.sizes={recipe.data.sizes}: a GAN, data mode and images need the dataset's own; encode the clips at these")
+    latents_shapes = [latents_shape(size, config, f"data.sizes={size}: ") for size in sizes] or list(dataset.buckets())
+    shown_shape = latents_shapes[0] if sizes else dataset.main_shape
+    video = dataset.video | (sizes[0]._asdict() if sizes else {})
+    for shape in latents_shapes:
         if shape[0] != config["out_channels"]:
             raise UserError(f"data.path={recipe.data.path}: latents of {shape[0]} channels, model.path takes {config['out_channels']}")
         for size, patch in zip(shape[1:], config["patch_size"], strict=True):
@@ -111,15 +126,27 @@ def check_inputs(recipe: Recipe) -> Inputs:
     check_images(recipe, dataset, config)
     sections: dict[str, Optimizer] = {"generator": recipe.generator, "fake_score": recipe.fake_score}
     ds_configs = {
-        name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data.batch_size)
+        name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data)
         for name, section in sections.items()
     }
+    if recipe.validation.every:
+        check_validation(recipe, model)
+    if recipe.generator.ema_decay:
+        check_in_memory("generator.ema_decay", ds_configs["generator"])
     resume_from = checkpoint.latest(Path(recipe.output_dir))
     first_step = 0
     if resume_from:
         checkpoint.check_same_recipe(resume_from, recipe)
         first_step = checkpoint.resumed_step(resume_from, world_size())
-    return Inputs(recipe, model, dataset, config, guidance_embedding, ds_configs, resume_from, first_step)
+    return Inputs(recipe, model, dataset, latents_shapes, shown_shape, video, config, guidance_embedding, ds_configs, resume_from, first_step)
+
+
+def check_gan(recipe: Recipe, layers: int) -> None:
+    if recipe.gan.sigma_min >= recipe.gan.sigma_max:
+        raise UserError(f"gan.sigma_min={recipe.gan.sigma_min} is not below gan.sigma_max={recipe.gan.sigma_max}")
+    for number in recipe.gan.blocks or ():
+        if number >= layers:
+            raise UserError(f"gan.blocks={recipe.gan.blocks}: there is no block {number}, model.path has {layers}, numbered from 0")
 
 
 def check_images(recipe: Recipe, dataset: LatentsDataset, config: dict) -> None:
@@ -150,9 +177,29 @@ def sharded_transformer(model: Path, config: dict, embedding: GuidanceEmbedding,
     return transformer
 
 
-def build_denoiser(inputs: Inputs, ds_config: dict, sequence: SequenceParallel) -> WanDenoiser:
-    transformer = sharded_transformer(inputs.model, inputs.transformer_config, inputs.guidance_embedding, inputs.recipe.seed, ds_config)
-    return WanDenoiser(transformer, sequence, inputs.recipe.activation_checkpointing)
+def build_transformer(inputs: Inputs, engine: str) -> WanTransformer3DModel:
+    ds_config = inputs.ds_configs[engine]
+    return sharded_transformer(inputs.model, inputs.transformer_config, inputs.guidance_embedding, inputs.recipe.seed, ds_config)
+
+
+def build_generator(inputs: Inputs, sequence: SequenceParallel) -> WanDenoiser:
+    generator = WanDenoiser(build_transformer(inputs, "generator"), sequence, inputs.recipe.activation_checkpointing)
+    return gather_by_block(generator, WanTransformerBlock)
+
+
+def build_score_model(inputs: Inputs, sequence: SequenceParallel) -> ScoreModel:
+    recipe = inputs.recipe
+    transformer = build_transformer(inputs, "fake_score")
+    taps, head = (), None
+    if recipe.gan.is_on:
+        torch.manual_seed(recipe.seed)  # the head's first weights, alike on all ranks
+        taps = recipe.gan.blocks or default_taps(len(transformer.blocks))
+        config = transformer.config
+        head = HEADS[recipe.gan.head](len(taps), config.num_attention_heads * config.attention_head_dim, recipe.gan.width)
+    score_model = ScoreModel(transformer, sequence, recipe.activation_checkpointing, sorted(taps), head)
+    torch.manual_seed(recipe.seed)  # the adapter's first weights, likewise
+    score_model.add_adapter(recipe.fake_score.lora_rank, recipe.fake_score.lora_alpha)
+    return score_model
 
 
 class Trainer:
@@ -160,22 +207,25 @@ class Trainer:
         recipe = self.recipe = inputs.recipe
         self.run = Path(recipe.output_dir)
         self.mesh = mesh
+        self.video = inputs.video
         if len(set(self.mesh.all_gather_objects(inputs.first_step))) > 1:
             raise UserError(f"output_dir={recipe.output_dir}: the nodes see different checkpoints there; it must be one folder for all")
         self.dataset = inputs.dataset
         self.prompt_tokens = padded_tokens(self.dataset.most_prompt_tokens, training_dtype())
-        global_batch_size = recipe.data.batch_size * self.mesh.data_size
-        self.order = BatchOrder(self.dataset.buckets(), global_batch_size, Randomness(recipe.seed))
+        global_batch_size = recipe.data.batch_size * self.mesh.data_size * recipe.data.accumulation
+        randomness = Randomness(recipe.seed)
+        if recipe.data.sizes:
+            self.order = SizedOrder(inputs.latents_shapes, len(self.dataset), global_batch_size, randomness)
+        else:
+            self.order = BatchOrder(self.dataset.buckets(), global_batch_size, randomness)
 
         sequence = SequenceParallel(self.mesh, training_dtype())
-        score_model = build_denoiser(inputs, inputs.ds_configs["fake_score"], sequence)
-        torch.manual_seed(recipe.seed)  # the adapter's first weights, alike on all ranks
-        score_model.add_adapter(recipe.fake_score.lora_rank, recipe.fake_score.lora_alpha)
-        generator = gather_by_block(build_denoiser(inputs, inputs.ds_configs["generator"], sequence), WanTransformerBlock)
+        score_model, generator = build_score_model(inputs, sequence), build_generator(inputs, sequence)
         self.engines = {
             "generator": make_engine(generator, inputs.ds_configs["generator"]),
             "fake_score": make_engine(score_model, inputs.ds_configs["fake_score"]),
         }
+        self.ema = ShardedEMA(self.engines["generator"], recipe.generator.ema_decay) if recipe.generator.ema_decay else None
         negative_embeds_1LD = pad_embeds([self.dataset.negative_embeds_LD], self.prompt_tokens)
         self.embedded_guidance = inputs.embedded_guidance
         self.dmd2 = DMD2Engine(
@@ -187,45 +237,68 @@ class Trainer:
         )
         self.validation = None
         if recipe.validation.every:
-            self.validation = Validation(recipe, inputs.model, self.dataset, self.prompt_tokens, inputs.embedded_guidance, self.mesh)
+            guidance = inputs.embedded_guidance, inputs.two_pass_guidance
+            self.validation = Validation(
+                recipe, inputs.model, self.dataset, inputs.video, inputs.shown_shape, self.prompt_tokens, *guidance, self.mesh
+            )
         self.first_step = inputs.first_step
         if inputs.resume_from:
-            checkpoint.load(inputs.resume_from, self.engines)
+            checkpoint.load(inputs.resume_from, self.engines, self.ema, self.mesh)
         if self.mesh.is_first:
             self.run.mkdir(parents=True, exist_ok=True)
             checkpoint.write_whole(self.run / "recipe.yaml", dump_recipe(recipe))
+        if self.validation and recipe.validation.teacher_steps:
+            self.validation.meet_teacher(score_model)
+        self.best_score = checkpoint.best_score(self.run, recipe)
         self.monitor = Monitor(self.run, self.first_step, recipe.max_steps, writes=self.mesh.is_first)
 
-    def batch(self, step: int) -> Batch:
-        """This rank's part of the step's global batch."""
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's part of the step's global batch, a batch a backward pass."""
         shape, indices = self.order(step)
-        places = self.mesh.samples(self.recipe.data.batch_size)
+        size, ranks = self.recipe.data.batch_size, self.mesh.data_size
+        first = [number * size * ranks for number in range(self.recipe.data.accumulation)]
+        return [self.batch(shape, indices, [start + place for place in self.mesh.samples(size)]) for start in first]
+
+    def batch(self, shape: tuple[int, ...], indices: list[int], places: list[int]) -> Batch:
+        """The samples at these places of a global batch, whose dataset indices are given."""
         mine = [indices[place] for place in places]
+        device = self.mesh.device
         embeds_BLD = pad_embeds([self.dataset.prompt_embeds(index) for index in mine], self.prompt_tokens)
+        latents_BCTHW = None
+        if self.recipe.uses_latents:
+            latents_BCTHW = torch.stack([self.dataset.latents(index) for index in mine]).to(device, torch.float32)
         guidance_B = None
         if self.embedded_guidance is not None:
-            guidance_B = torch.full((len(mine),), self.embedded_guidance, device=self.mesh.device)
-        image = condition_of(self.dataset, mine, self.mesh.device)
-        return Batch(places, embeds_BLD.to(self.mesh.device), shape, image, guidance_B)
+            guidance_B = torch.full((len(mine),), self.embedded_guidance, device=device)
+        return Batch(places, embeds_BLD.to(device), shape, latents_BCTHW, condition_of(self.dataset, mine, device), guidance_B)
 
     def train(self) -> None:
         for step in range(self.first_step, self.recipe.max_steps):
-            batch = self.batch(step)
+            batches = self.batches(step)
             metrics = {}
             if step % self.recipe.fake_score.updates_per_generator_update == 0:
-                metrics |= self.dmd2.generator_step(batch, step)
-            metrics |= self.dmd2.fake_score_step(batch, step)
+                metrics |= self.dmd2.generator_step(batches, step)
+                if self.ema:
+                    self.ema.update()
+            metrics |= self.dmd2.fake_score_step(batches, step)
             self.after(step + 1, metrics)
         self.monitor.close()
 
     def after(self, step: int, metrics: dict[str, torch.Tensor | float]) -> None:
-        """Logs, validates and saves, after `step` steps."""
-        self.monitor.log(step, self.mean_over_ranks(metrics))
+        """Validates, logs and saves, after `step` steps."""
         last = step == self.recipe.max_steps
+        numbers, score, is_best = self.mean_over_ranks(metrics), None, False
         if self.validation and (last or step % self.recipe.validation.every == 0):
-            self.validation.sample(self.engines["generator"].module, self.run / "samples" / f"step_{step:06d}")
-        if last or step % self.recipe.save_every == 0:
-            checkpoint.save(self.run, step, self.engines, self.recipe, self.dataset.video, self.mesh)
+            look = self.validation.look(self.engines["generator"].module, self.ema, self.run / "samples" / f"step_{step:06d}")
+            numbers, score = numbers | look.numbers, look.score
+            is_best = score is not None and (self.best_score is None or score < self.best_score)
+            for warning in look.warnings:
+                self.monitor.warn(step, warning)
+        self.monitor.log(step, numbers)
+        if is_best:
+            self.best_score = score
+        if last or is_best or step % self.recipe.save_every == 0:
+            checkpoint.save(self.run, step, self.engines, self.ema, self.recipe, self.video, score, is_best, self.mesh)
 
     def mean_over_ranks(self, metrics: dict[str, torch.Tensor | float]) -> dict[str, float]:
         """Means of the ranks' numbers, with one collective and one synchronisation."""

@@ -22,12 +22,12 @@ from tqdm import tqdm
 from dmd_ds.checkpoint import write_whole
 from dmd_ds.data.video import read_image, write_video
 from dmd_ds.errors import UserError, one_line_errors
-from dmd_ds.generation import Settings, VideoModel, inference_dtype, read_settings
+from dmd_ds.generation import Settings, VideoModel, fingerprint, inference_dtype, read_settings
 from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.mesh import Mesh, check_degrees, joined
 from dmd_ds.recipe import Parallel
 from dmd_ds.wan.autoencoder import decode
-from dmd_ds.wan.weights import find_model, takes_image, transformer_config, transformer_tensors
+from dmd_ds.wan.weights import find_model, takes_image, transformer_config
 
 GIVEN = {"steps": int, "guidance": float, "frames": int, "height": int, "width": int, "fps": float}  # options that override a model's own
 
@@ -89,12 +89,6 @@ def check_images(jobs: list[Job], model: str, config: dict, settings: Settings) 
             raise UserError(f"{job.image}: --model {model} makes videos from text and takes no image")
     for image in {job.image for job in jobs if job.image is not None}:
         read_image(image, settings.height, settings.width)
-
-
-def fingerprint(folder: Path) -> str:
-    """Tells the weights of one folder from others, at the same path or not, without reading them whole."""
-    files = sorted({tensor.file for tensor in transformer_tensors(folder).values()})
-    return json.dumps([str(folder)] + [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
 
 
 def generate(model: VideoModel, jobs: list[Job], out: Path, settings: Settings, batch_size: int, negative_prompt: str, mesh: Mesh) -> int:

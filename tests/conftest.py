@@ -14,8 +14,9 @@ def mini_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
-    """Two steps of the mini recipe on two ranks; its base model is `model` beside it. Read only."""
-    recipe = make_recipe(tmp_path_factory.mktemp("export"), max_steps=2, data={"batch_size": 1}, validation={"every": 2, "prompts": 3})
+    """Two steps of the mini recipe on two ranks, with an average of the weights; its base model is `model` beside it. Read only."""
+    changes = {"data": {"batch_size": 1}, "generator": {"ema_decay": 0.5}, "validation": {"every": 2, "prompts": 3}}
+    recipe = make_recipe(tmp_path_factory.mktemp("export"), max_steps=2, **changes)
     train(recipe, ranks=2)
     return Path(recipe.output_dir)
 

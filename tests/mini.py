@@ -97,6 +97,7 @@ def make_dataset(
     shapes: tuple[tuple[int, ...], ...] = (LATENTS_SHAPE,),
     words: int = 3,
     image_embeds_shape: tuple[int, int] | None = None,
+    captions: list[str] | None = None,
 ) -> Path:
     generator = torch.Generator().manual_seed(1)
 
@@ -108,7 +109,8 @@ def make_dataset(
         shape = shapes[i % len(shapes)]
         size = {"frames": 4 * shape[1] - 3, "height": 8 * shape[2], "width": 8 * shape[3]}
         first_frame = FirstFrame(random(*shape), random(*image_embeds_shape)) if image_embeds_shape else None
-        writer.add(random(*shape), random(words + i % 4, TEXT_WIDTH), first_frame, caption=f"sample {i}", source=f"{i}.mp4", **size)
+        caption = f"sample {i}" if captions is None else captions[i]
+        writer.add(random(*shape), random(words + i % 4, TEXT_WIDTH), first_frame, caption=caption, source=f"{i}.mp4", **size)
     writer.close()
     return folder
 
@@ -126,7 +128,7 @@ def make_recipe(folder: Path, **changes) -> Recipe:
         "data": {"path": str(folder / "data"), "batch_size": 2},
         "generator": {"lr": 1e-3},
         "fake_score": {"lr": 1e-2, "updates_per_generator_update": 2, "lora_rank": 4, "lora_alpha": 8},
-        "validation": {"every": 0},
+        "validation": {"every": 0, "teacher_steps": 2},
     }
     for key, value in changes.items():
         tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value

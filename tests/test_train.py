@@ -74,6 +74,10 @@ def refused(world, message, **changes):
 def test_inputs_that_do_not_fit_together_are_refused_with_both_numbers(world, tmp_path):
     refused(world, "parallel.ulysses=2", parallel={"ulysses": 2})
     refused(world, "sigma_min=0.9 is not below score.sigma_max=0.5", score={"sigma_min": 0.9, "sigma_max": 0.5})
+    refused(world, "gan.sigma_min=0.5 is not below gan.sigma_max=0.5", gan={"sigma_min": 0.5, "sigma_max": 0.5})
+    refused(world, r"gan.blocks=\[0, 2\]: there is no block 2, model.path has 2", gan={"blocks": [0, 2]})
+    refused(world, "data.sizes=5x30x32: height=30: must be a multiple of 16", data={"sizes": ["5x32x32", "5x30x32"]})
+    refused(world, r"data.sizes=\['5x32x32'\]: a GAN, data mode and images", data={"sizes": ["5x32x32"]}, gan={"generator_weight": 1})
     high = {"score": {"above_exit": True}, "sampling": {"timesteps": [1000, 990]}}
     refused(world, "score.sigma_max=0.98 is below 0.990, the second noise level of sampling", **high)
     assert check_inputs(make_recipe(world, **high, rollout={"exit": "last"})).summary().endswith("sigmas 1.000 0.990 0.000, sde")

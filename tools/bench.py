@@ -33,7 +33,7 @@ from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.engine import complete_ds_config, read_ds_config
 from dmd_ds.parallel.mesh import joined
 from dmd_ds.planner.sizes import PUBLISHED, ModelSize
-from dmd_ds.recipe import Generator, Parallel
+from dmd_ds.recipe import Data, Generator, Parallel
 from dmd_ds.trainer import sharded_transformer
 from dmd_ds.wan.denoiser import WanDenoiser
 from dmd_ds.wan.tensors import Spec, save_weights
@@ -150,7 +150,7 @@ def measure_load(model: Path) -> list[dict[str, float]]:
     """Of every rank: bytes of its part, of the largest whole tensor, and of what its resident memory grew by at most."""
     with joined(Parallel()) as mesh:
         generator = Generator(lr=1e-6)
-        ds_config = complete_ds_config(read_ds_config("generator.ds_config", generator.ds_config), generator, batch_size=1)
+        ds_config = complete_ds_config(read_ds_config("generator.ds_config", generator.ds_config), generator, Data(path="none"))
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         before = memory_line("VmRSS")
         transformer = sharded_transformer(model, transformer_config(model), "none", 0, ds_config)

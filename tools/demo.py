@@ -25,7 +25,7 @@ from dmd_ds.checkpoint import write_whole
 from dmd_ds.data import moving_shapes
 from dmd_ds.data.video import contact_sheet, write_video
 from dmd_ds.errors import UserError, one_line_errors, read_json
-from dmd_ds.evaluation import REFERENCE, Evaluation, caption_list, evaluate, read_reference, table
+from dmd_ds.evaluation import REFERENCE, Evaluation, caption_list, evaluate, table
 from dmd_ds.generation import Settings, VideoModel
 from dmd_ds.recipe import REPOSITORY, load_recipe
 
@@ -70,7 +70,7 @@ def write_clips(folder: Path, clips_a_caption: int) -> None:
 
 
 def encode(clips: Path, data: Path, log: Path) -> None:
-    size = ["--frames", str(moving_shapes.FRAMES), "--height", str(moving_shapes.HEIGHT), "--width", str(moving_shapes.WIDTH)]
+    size = ["--sizes", f"{moving_shapes.FRAMES}x{moving_shapes.HEIGHT}x{moving_shapes.WIDTH}"]
     command = [sys.executable, "tools/encode_videos.py", str(clips / "clips.jsonl"), str(data), "--model", TEACHER]
     run(*command, *size, "--fps", str(moving_shapes.FPS), log=log)
 
@@ -92,7 +92,7 @@ def compare(student: Path, prompt_count: int, teacher_guidance: float) -> dict[s
     Undistilled is the student before its first step, sampled as the student is, without guidance. With guidance, at twice the
     evaluations, it is the harder baseline; the report has it too.
     """
-    prompts, reference_NF = caption_list(prompt_count), read_reference(REFERENCE)
+    prompts, reference_NF = caption_list(prompt_count)(REFERENCE)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher, distilled = VideoModel(TEACHER, device), VideoModel(str(student), device)
     few_step = distilled.settings.few_step

@@ -3,13 +3,14 @@
 
 For an image-to-video MODEL also what it is shown of each clip's first frame.
 
-    python tools/encode_videos.py CLIPS OUT --model MODEL --frames 81 --height 480 --width 832 --fps 16
+    python tools/encode_videos.py CLIPS OUT --model MODEL --sizes 81x480x832 81x832x480 33x480x832 --fps 16
 
 CLIPS is one of
     a .jsonl file       a line a clip: {"video_path": "a.mp4", "caption": "..."}
     a .json file        a list, as in videos2caption.json: [{"path": "a.mp4", "cap": "..."}, ...]
     a folder            every video in it that has a .txt of the same stem, which is its caption
-Paths are relative to the file that names them. A broken clip is named, counted and skipped.
+Paths are relative to the file that names them. A broken clip is named, counted and skipped. Of several sizes (frames x height x
+width) a clip goes to the one that loses least of it; training takes each step's samples from one size.
 """
 
 import argparse
@@ -23,9 +24,9 @@ import torch
 from tqdm import tqdm
 
 from dmd_ds.data.latents import LatentsWriter
-from dmd_ds.data.video import read_video
+from dmd_ds.data.video import VideoSize, best_size, read_video, size_of_film
 from dmd_ds.errors import UserError, one_line_errors
-from dmd_ds.wan.autoencoder import SPACE_STRIDE, TIME_STRIDE, encode, load_autoencoder
+from dmd_ds.wan.autoencoder import encode, latents_shape, load_autoencoder
 from dmd_ds.wan.image import load_image_encoder, show_first_frame
 from dmd_ds.wan.text import encode_prompts, load_text_encoder
 from dmd_ds.wan.weights import find_model, takes_image, transformer_config
@@ -91,21 +92,13 @@ def list_clips(source: Path) -> list[Clip]:
     return [parse_clip(where, record, source.parent, *keys) for where, record in records]
 
 
-def check_size(model: Path, frames: int, height: int, width: int) -> None:
-    patch = transformer_config(model)["patch_size"]
-    if frames < 1 or (frames - 1) % TIME_STRIDE:
-        raise UserError(f"--frames {frames}: the VAE takes 4n + 1, the nearest is {max(0, frames - 1) // 4 * 4 + 1}")
-    for name, size, stride in (("height", height, SPACE_STRIDE * patch[1]), ("width", width, SPACE_STRIDE * patch[2])):
-        if size < stride or size % stride:
-            raise UserError(f"--{name} {size}: must be a multiple of {stride}, the nearest is {max(stride, round(size / stride) * stride)}")
-
-
-def encode_videos(source: Path, out: Path, model: Path, frames: int, height: int, width: int, fps: float, negative: str) -> int:
+def encode_videos(source: Path, out: Path, model: Path, sizes: list[VideoSize], fps: float, negative: str) -> int:
     """Writes the dataset and returns how many clips it holds; skipped ones are named on stderr."""
     clips = list_clips(source)
     if not fps > 0:
         raise UserError(f"--fps {fps}: must be above 0")
-    check_size(model, frames, height, width)
+    for size in sizes:
+        latents_shape(size, transformer_config(model), f"--sizes {size}: ")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already; name another folder or remove it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,7 +111,8 @@ def encode_videos(source: Path, out: Path, model: Path, frames: int, height: int
     embeds, written = {}, 0
     for clip in tqdm(clips, desc="encoding", unit="clip", file=sys.stderr, mininterval=5):
         try:
-            video_THW3 = read_video(clip.path, frames, height, width, fps)
+            size = best_size(sizes, size_of_film(clip.path, fps)) if len(sizes) > 1 else sizes[0]
+            video_THW3 = read_video(clip.path, *size, fps)
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
             continue
@@ -135,8 +129,8 @@ def encode_videos(source: Path, out: Path, model: Path, frames: int, height: int
             caption=clip.caption,
             source=clip.path.name,
             frames=len(video_THW3),
-            height=height,
-            width=width,
+            height=size.height,
+            width=size.width,
         )
         written += 1
     if not written:
@@ -153,14 +147,12 @@ def main() -> None:
     parser.add_argument("clips", type=Path, metavar="CLIPS")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--model", default="tiny-wan", help="diffusers Wan folder, or the name of a shipped one (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--sizes", nargs="+", default=["81x480x832"], metavar="FRAMESxHEIGHTxWIDTH", help="(default: 81x480x832)")
     parser.add_argument("--fps", type=float, default=16)
     parser.add_argument("--negative-prompt", default="", help="what guidance pushes away from (default: empty)")
     a = parser.parse_args()
     with one_line_errors():
-        encode_videos(a.clips, a.out, find_model(a.model), a.frames, a.height, a.width, a.fps, a.negative_prompt)
+        encode_videos(a.clips, a.out, find_model(a.model), [VideoSize.parse(size) for size in a.sizes], a.fps, a.negative_prompt)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64, help="of a LoRA (default: %(default)s)")
     parser.add_argument("--fold-guidance", type=float, metavar="W", help="the guidance that a guidance-embedded student is fixed to")
     parser.add_argument("--model", help="the base model's folder, where it is not at the recipe's model.path any more")
+    parser.add_argument("--weights", choices=["ema", "trained"], help="the average or the trained ones (default: ema where there is one)")
     a = parser.parse_args()
     with one_line_errors():
         if a.rank < 1:
             raise UserError(f"--rank {a.rank}: must be at least 1")
-        student = find_student(a.checkpoint, a.model)
+        student = find_student(a.checkpoint, a.model, a.weights)
         if a.fold_guidance is not None:
             if not student.takes_guidance:
                 raise UserError(f"{a.checkpoint}: has no guidance embedding to fold; leave --fold-guidance out")

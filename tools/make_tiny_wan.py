@@ -278,8 +278,8 @@ def write_card(work: Path, seed: int) -> None:
     doubled = [str(caption) for caption in all_captions for _ in range(2)]
     held_back = [str(moving_shapes.HELD_BACK[i % len(moving_shapes.HELD_BACK)]) for i in range(108)]
     rows = {
-        "drawn clips": moving_shapes.score(list(real), doubled),
-        "drawn clips through the VAE": moving_shapes.score(list(rebuilt), doubled),
+        "drawn clips": moving_shapes.score(list(map(moving_shapes.judge, real)), doubled),
+        "drawn clips through the VAE": moving_shapes.score(list(map(moving_shapes.judge, rebuilt)), doubled),
         "50 steps, all captions": evaluate(model, caption_list(108), JUDGED_SEED, model.settings, features_NF).numbers,
         "50 steps, held-back captions": evaluate(model, held_back, JUDGED_SEED, model.settings).numbers,
     }

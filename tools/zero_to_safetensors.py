@@ -21,9 +21,10 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--model", help="the base model's folder, where it is not at the recipe's model.path any more")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file in GB (default: %(default)s)")
+    parser.add_argument("--weights", choices=["ema", "trained"], help="the average or the trained ones (default: ema where there is one)")
     a = parser.parse_args()
     with one_line_errors():
-        student = find_student(a.checkpoint, a.model)
+        student = find_student(a.checkpoint, a.model, a.weights)
         to_diffusers(student, a.out, int(a.max_shard_gb * 1e9))
         if note := sampling_note(student.recipe.sampling):
             print(note)

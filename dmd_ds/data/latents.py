@@ -129,9 +129,16 @@ class LatentsDataset(torch.utils.data.Dataset):
         return len(self.places)
 
     @property
+    def main_shape(self) -> tuple[int, int, int, int]:
+        """`[C, T, H, W]` of the latents in the fullest bucket."""
+        buckets = self.buckets()
+        return max(buckets, key=lambda shape: len(buckets[shape]))
+
+    @property
     def video(self) -> dict[str, float]:
-        """Frames, height, width and frames a second of the first sample's video."""
-        return {key: self.about[0][key] for key in ("frames", "height", "width")} | {"fps": self.fps}
+        """Frames, height, width and frames a second of the videos in the fullest bucket."""
+        first = self.buckets()[self.main_shape][0]
+        return {key: self.about[first][key] for key in ("frames", "height", "width")} | {"fps": self.fps}
 
     @property
     def most_prompt_tokens(self) -> int:
@@ -142,6 +149,10 @@ class LatentsDataset(torch.utils.data.Dataset):
         shard, number = self.places[index]
         return read_tensor(self.folder / f"{shard}.safetensors", f"{number}.{name}")
 
+    def latents(self, index: int) -> torch.Tensor:
+        """`[C, T, H, W]`."""
+        return self._tensor(index, "latents")
+
     def prompt_embeds(self, index: int) -> torch.Tensor:
         """`[L, D]`, without padding."""
         return self._tensor(index, "prompt_embeds")
@@ -151,7 +162,7 @@ class LatentsDataset(torch.utils.data.Dataset):
         return FirstFrame(self._tensor(index, "first_frame_latents"), self._tensor(index, "image_embeds"))
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(self._tensor(index, "latents"), self.prompt_embeds(index), self.about[index]["caption"])
+        return Sample(self.latents(index), self.prompt_embeds(index), self.about[index]["caption"])
 
     def buckets(self) -> dict[tuple[int, int, int, int], list[int]]:
         """Sample indices by latents shape `[C, T, H, W]`, in a fixed order."""
@@ -188,6 +199,18 @@ class BatchOrder:
             filled = (order * math.ceil(batch_count * self.size / len(order)))[: batch_count * self.size]
             batches += [(shape, filled[i * self.size : (i + 1) * self.size]) for i in range(batch_count)]
         return [batches[i] for i in self.randomness.permutation("batches", epoch, len(batches))]
+
+
+class SizedOrder:
+    """The same for training on prompts alone: any sample at any of the recipe's latents shapes, one of them drawn a step."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], samples: int, global_batch_size: int, randomness: Randomness):
+        self.shapes, self.randomness = shapes, randomness
+        self.order = BatchOrder({(): list(range(samples))}, global_batch_size, randomness)
+
+    def __call__(self, step: int) -> tuple[tuple, list[int]]:
+        """(latents shape, dataset indices of the whole global batch)."""
+        return self.shapes[self.randomness.integer("size", step, len(self.shapes))], self.order(step)[1]
 
 
 def pad_embeds(embeds: list[torch.Tensor], tokens: int) -> torch.Tensor:

@@ -9,8 +9,14 @@ Shape suffixes: T frames, H W picture height and width, N clips, F features. Vid
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from dmd_ds.errors import UserError
 
 FRAMES, HEIGHT, WIDTH, FPS = 17, 64, 64, 8
 BACKGROUND = 32
@@ -52,6 +58,11 @@ def parse(text: str) -> Caption:
         if str(caption) == text:
             return caption
     raise ValueError(f"{text!r} is no caption of the moving shapes; they read like {str(CAPTIONS[0])!r}")
+
+
+def are_captions(texts: Iterable[str]) -> bool:
+    """Whether all of them are captions of this world."""
+    return set(texts) <= set(map(str, CAPTIONS))
 
 
 # ---- drawing ----------------------------------------------------------------------------------------------------------
@@ -117,7 +128,7 @@ class Verdict:
 
     `speed` and `size` are fractions of the picture's shorter side (a frame; side of the square of equal area);
     `sharpness` is the gradient a pixel at the edges as a fraction of full contrast, `saturation` is HSV's, in the shape.
-    `centre` is the mean (x, y) of the shape's centre of mass, as fractions of the shorter side.
+    `centre` is the mean (x, y) of the shape's centre of mass, `start` where it is in the first frame, same unit.
     """
 
     color: str | None
@@ -128,9 +139,10 @@ class Verdict:
     sharpness: float
     saturation: float
     centre: tuple[float, float]
+    start: tuple[float, float]
 
 
-NOTHING = Verdict(None, None, None, 0.0, 0.0, 0.0, 0.0, (0.0, 0.0))
+NOTHING = Verdict(None, None, None, 0.0, 0.0, 0.0, 0.0, (0.0, 0.0), (0.0, 0.0))
 
 
 def _gradient_THW(contrast_THW: np.ndarray) -> np.ndarray:
@@ -191,13 +203,13 @@ def judge(video_THW3: np.ndarray) -> Verdict:
         sharpness=float((gradient_THW**2).sum() / (gradient_THW.sum() + 1e-6) / (BRIGHT - BACKGROUND)),
         saturation=float(((inside.max(-1) - inside.min(-1)) / np.maximum(inside.max(-1), 1)).mean()),
         centre=tuple(float(c) for c in track_T2.mean(0) / short),
+        start=tuple(float(c) for c in track_T2[0] / short),
     )
 
 
-def score(videos: list[np.ndarray], captions: list[str]) -> dict[str, float]:
+def score(verdicts: list[Verdict], captions: list[str]) -> dict[str, float]:
     """Share of clips whose colour, shape, motion, and colour and motion together (`both`) are as asked for, and the
     means of speed (of the clips asked to move), sharpness and saturation."""
-    verdicts = [judge(video) for video in videos]
     asked = [parse(caption) for caption in captions]
     right = {
         word: np.array([getattr(v, word) == getattr(a, word) for v, a in zip(verdicts, asked, strict=True)])
@@ -211,6 +223,39 @@ def score(videos: list[np.ndarray], captions: list[str]) -> dict[str, float]:
         "sharpness": float(np.mean([v.sharpness for v in verdicts])),
         "saturation": float(np.mean([v.saturation for v in verdicts])),
     }
+
+
+def diversity(verdicts: list[Verdict], captions: list[str]) -> dict[str, float]:
+    """How different the clips of one caption are from each other: standard deviations within a caption, pooled over all captions
+    with two clips or more, as fractions of the shorter side.
+
+    `size_spread` is that of the shape's size; `path_spread` of where its path lies: its distance from an edge across the
+    direction asked for, or, standing still, its place along both; `start_spread` of where a moving one starts along it.
+    Clips in which nothing is found count in none; 0 where there is nothing to pool.
+    """
+    clips: dict[str, list[Verdict]] = {}
+    for verdict, caption in zip(verdicts, captions, strict=True):
+        if verdict != NOTHING:
+            clips.setdefault(caption, []).append(verdict)
+    groups: dict[str, list[np.ndarray]] = {"size": [], "path": [], "start": []}
+    for caption, alike in clips.items():
+        motion = parse(caption).motion
+        centres_N2, starts_N2 = np.array([v.centre for v in alike]), np.array([v.start for v in alike])
+        groups["size"].append(np.array([v.size for v in alike]))
+        if motion == "standing still":
+            groups["path"] += [centres_N2[:, 0], centres_N2[:, 1]]
+        else:
+            along = 0 if motion == "moving sideways" else 1
+            groups["path"].append(centres_N2[:, 1 - along])
+            groups["start"].append(starts_N2[:, along])
+    return {f"{name}_spread": _pooled_deviation(samples) for name, samples in groups.items()}
+
+
+def _pooled_deviation(groups: list[np.ndarray]) -> float:
+    """The standard deviation about each group's own mean; unbiased in the variance."""
+    freedom = sum(len(group) - 1 for group in groups)
+    squares = sum(((group - group.mean()) ** 2).sum() for group in groups)
+    return float(np.sqrt(squares / freedom)) if freedom else 0.0
 
 
 # ---- the Fréchet distance ---------------------------------------------------------------------------------------------
@@ -244,6 +289,17 @@ def features(video_THW3: np.ndarray) -> np.ndarray:
             [36.0 * chroma_THW[cut].mean(), 14.0 * np.percentile(chroma_THW[cut], 95)],
         ]
     return np.concatenate(numbers).astype(np.float64)
+
+
+def read_features(path: Path) -> np.ndarray:
+    """Those `[N, F]` of a kept set; `UserError` for a file that holds none."""
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not readable as safetensors: {error}") from error
+    if "features" not in found or found["features"].ndim != 2:
+        raise UserError(f"{path}: holds no table `features` of a kept set")
+    return found["features"].astype(np.float64)
 
 
 def frechet_distance(features_NF: np.ndarray, reference_NF: np.ndarray) -> float:

@@ -3,7 +3,10 @@
 Videos are uint8 `[T, H, W, 3]`.
 """
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import imageio.v3 as iio
@@ -13,6 +16,35 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dmd_ds.errors import UserError
+
+
+class VideoSize(NamedTuple):
+    frames: int
+    height: int
+    width: int
+
+    @classmethod
+    def parse(cls, text: str) -> "VideoSize":
+        """Of `81x480x832`: frames x height x width."""
+        numbers = text.split("x")
+        if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
+            raise UserError(f"{text!r} is no size of a video; write frames x height x width, as 81x480x832")
+        return cls(*map(int, numbers))
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+def best_size(sizes: Sequence[VideoSize], film: VideoSize) -> VideoSize:
+    """The bucket that loses least of a film: one it is long enough for, of the nearest proportions, then the longest, then the
+    nearest in area."""
+
+    def loss(size: VideoSize) -> tuple[bool, float, int, float]:
+        proportions = math.log(size.width / size.height) - math.log(film.width / film.height)
+        area = math.log(size.width * size.height) - math.log(film.width * film.height)
+        return size.frames > film.frames, round(abs(proportions), 2), -size.frames, abs(area)
+
+    return min(sizes, key=loss)
 
 
 def fit(frames_THW3: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -26,6 +58,23 @@ def fit(frames_THW3: np.ndarray, height: int, width: int) -> np.ndarray:
         frames_THW3 = pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return np.ascontiguousarray(frames_THW3[:, top : top + height, left : left + width])
+
+
+def size_of_film(path: Path, fps: float) -> VideoSize:
+    """How many frames a film has at `fps`, and its picture's size, from what it says of itself; `UserError` as in `read_video`."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UserError(f"{path}: holds no video")
+            stream = container.streams.video[0]
+            seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / av.time_base
+            if not stream.width or not stream.height:
+                raise UserError(f"{path}: holds no frame")
+            return VideoSize(max(1, round(seconds * fps)), stream.height, stream.width)
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"{path}: not readable as a video: {error}") from error
 
 
 def read_video(path: Path, frames: int, height: int, width: int, fps: float) -> np.ndarray:

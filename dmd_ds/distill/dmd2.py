@@ -2,44 +2,54 @@
 
 Between the two engines only plain tensors pass. The score side turns the generator's x0 into one tensor dL/dx0 on a detached
 leaf, and the generator's engine back-propagates that tensor. Real and fake score are one module: a frozen base with a LoRA
-adapter; the adapter's weight, an argument of each call, says which of the two a sample sees.
+adapter; the adapter's weight, an argument of each call, says which of the two a sample sees. A GAN head on the features of
+the fake score is part of the same module.
 
 Shape suffixes: B batch, C channels, T latent frames, H W latent height and width, L tokens, D text width.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 
 import deepspeed
 import torch
 
 from dmd_ds import flow
-from dmd_ds.distill.losses import (
-    distribution_matching_gradient,
-    distribution_matching_loss,
-    flow_matching_loss,
-    guided_x0,
-)
-from dmd_ds.distill.rollout import rollout
+from dmd_ds.distill import losses
+from dmd_ds.distill.losses import flow_matching_loss, guided_x0
+from dmd_ds.distill.rollout import noised_data, rollout
 from dmd_ds.parallel.engine import set_lr
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Recipe, Score
 from dmd_ds.sampler import Velocity, few_step_schedule
 from dmd_ds.wan.denoiser import ImageCondition
+from dmd_ds.wan.discriminator import ScoreModel
+
+Metrics = dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What one step is computed on. `samples` are the places of these samples in the global batch: they key every draw."""
+    """What one backward pass is computed on. `samples` are the places of these samples in the global batch: they key every draw."""
 
     samples: list[int]
     prompt_embeds_BLD: torch.Tensor
     latents_shape: tuple[int, int, int, int]  # [C, T, H, W]
+    latents_BCTHW: torch.Tensor | None  # the dataset's own, where training looks at them
     image: ImageCondition | None  # what an image-to-video model is shown
     guidance_B: torch.Tensor | None  # what a guidance-embedded model is asked for
 
     def velocity_of(self, model: torch.nn.Module) -> Velocity:
-        """The model's velocity under this batch's conditions."""
+        """The generator's velocity under this batch's conditions."""
         return lambda x, sigma_B: model(x, sigma_B, self.prompt_embeds_BLD, guidance_B=self.guidance_B, image=self.image)
+
+    def conditions(self, times: int) -> dict[str, torch.Tensor | ImageCondition | None]:
+        """The arguments of a score model that is shown this batch's samples so many times over, under their own prompts."""
+        return {
+            "prompt_embeds_BLD": self.prompt_embeds_BLD.repeat(times, 1, 1),
+            "guidance_B": None if self.guidance_B is None else self.guidance_B.repeat(times),
+            "image": self.image.repeat(times) if self.image else None,
+        }
 
 
 def score_sigmas(uniform_B: torch.Tensor, score: Score, lowest: float = 0.0) -> torch.Tensor:
@@ -49,7 +59,7 @@ def score_sigmas(uniform_B: torch.Tensor, score: Score, lowest: float = 0.0) -> 
 
 
 def x0_of_scores(
-    score_model: torch.nn.Module,
+    score_model: ScoreModel,
     x_BCTHW: torch.Tensor,
     sigma_B: torch.Tensor,
     batch: Batch,
@@ -61,16 +71,14 @@ def x0_of_scores(
     Fake, real conditional and real unconditional go through the base as one batch, so each of its layers is gathered once.
     Guidance pushes away from the negative text; the image all of them see. At guidance 1 the unconditional pass is left out.
     """
-    embeds = [batch.prompt_embeds_BLD, batch.prompt_embeds_BLD]
-    if guidance != 1.0:
-        embeds.append(negative_embeds_1LD.expand(len(x_BCTHW), -1, -1))
-    parts = len(embeds)
+    parts = 2 if guidance == 1.0 else 3
+    conditions = batch.conditions(parts)
+    if parts == 3:
+        conditions["prompt_embeds_BLD"][-len(x_BCTHW) :] = negative_embeds_1LD
     adapter_weight = torch.zeros(parts, len(x_BCTHW), device=x_BCTHW.device)
     adapter_weight[0] = 1.0
     x, sigma = x_BCTHW.repeat(parts, 1, 1, 1, 1), sigma_B.repeat(parts)
-    image = batch.image.repeat(parts) if batch.image else None
-    guidance_B = None if batch.guidance_B is None else batch.guidance_B.repeat(parts)
-    velocity = score_model(x, sigma, torch.cat(embeds), adapter_weight.flatten(), guidance_B=guidance_B, image=image)
+    velocity = score_model(x, sigma, adapter_weight_B=adapter_weight.flatten(), **conditions).velocity_BCTHW
     fake, real, *unconditional = flow.x0_from_velocity(x, velocity, sigma).chunk(parts)
     return (guided_x0(real, unconditional[0], guidance) if unconditional else real), fake
 
@@ -79,6 +87,7 @@ class DMD2Engine:
     """Coordinates the two engines. `negative_embeds_1LD` is the text that guidance pushes away from.
 
     `two_pass_guidance`: how far it pushes; 1 where the real score has its guidance from an embedding, in one pass.
+    A step takes the backward passes of all `batches` that it is given and updates one of the engines once.
     """
 
     def __init__(
@@ -105,51 +114,122 @@ class DMD2Engine:
             return self.schedule.steps - 1
         return self.randomness.integer(f"{purpose}/exit_step", step, self.schedule.steps)
 
-    def rollout(self, batch: Batch, step: int, purpose: str, velocity_at_exit) -> torch.Tensor:
+    # ---- what the generator makes -------------------------------------------------------------------------------------
+
+    def generated(self, batch: Batch, step: int, purpose: str, velocity_at_exit: Velocity) -> torch.Tensor:
         """The generator's x0 at an exit step that is the same on all ranks, with gradient as `velocity_at_exit` has it."""
-        return rollout(
-            velocity=batch.velocity_of(self.generator.module),
-            velocity_at_exit=velocity_at_exit,
-            schedule=self.schedule,
-            exit_step=self.exit_step(step, purpose),
-            randomness=self.randomness,
-            purpose=purpose,
-            step=step,
-            samples=batch.samples,
-            shape=batch.latents_shape,
-            device=self.device,
-        )
+        exit_step = self.exit_step(step, purpose)
+
+        def noise(k: int) -> torch.Tensor:
+            return self.randomness.normal(f"{purpose}/rollout{k}", step, batch.samples, batch.latents_shape, self.device)
+
+        if self.recipe.rollout.input == "data":
+            return noised_data(batch.latents_BCTHW, velocity_at_exit, noise, self.schedule, exit_step)
+        return rollout(batch.velocity_of(self.generator.module), velocity_at_exit, noise, self.schedule, exit_step)
 
     def noised(self, x0_BCTHW: torch.Tensor, batch: Batch, step: int, purpose: str):
-        """The samples at a random noise level: (noised latents, noise, sigma)."""
+        """The samples at a noise level that the scores look at: (noised latents, noise, sigma)."""
         noise = self.randomness.normal(f"{purpose}/score_noise", step, batch.samples, batch.latents_shape, self.device)
         uniform_B = self.randomness.uniform(f"{purpose}/score_sigma", step, batch.samples, self.device)
         lowest = float(self.schedule.sigmas[self.exit_step(step, purpose) + 1]) if self.recipe.score.above_exit else 0.0
         sigma_B = score_sigmas(uniform_B, self.recipe.score, lowest)
         return flow.add_noise(x0_BCTHW, noise, sigma_B), noise, sigma_B
 
-    def generator_step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
-        """One update of the generator by the distribution-matching gradient."""
-        self.generator.train()
-        x0_BCTHW = self.rollout(batch, step, "generator", batch.velocity_of(self.generator))
-        with torch.no_grad():
-            leaf_BCTHW = x0_BCTHW.detach()
-            x_BCTHW, _, sigma_B = self.noised(leaf_BCTHW, batch, step, "generator")
-            real, fake = x0_of_scores(self.fake_score.module, x_BCTHW, sigma_B, batch, self.negative_embeds_1LD, self.two_pass_guidance)
-            loss, dloss_dx0 = distribution_matching_loss(distribution_matching_gradient(leaf_BCTHW, real, fake))
-        self.generator.backward((x0_BCTHW * dloss_dx0).sum())  # the derivative of this scalar is dL/dx0 itself
-        set_lr(self.generator, self.recipe.generator, step // self.recipe.fake_score.updates_per_generator_update)
-        self.generator.step()
-        return {"loss/dm": loss, "grad_norm/generator": self.generator.get_global_grad_norm()}
+    def gan_noise(self, batch: Batch, step: int, purpose: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(noise, sigma) at which the discriminator looks at samples, generated and real alike."""
+        gan = self.recipe.gan
+        uniform_B = self.randomness.uniform(f"{purpose}/gan_sigma", step, batch.samples, self.device)
+        noise = self.randomness.normal(f"{purpose}/gan_noise", step, batch.samples, batch.latents_shape, self.device)
+        return noise, gan.sigma_min + (gan.sigma_max - gan.sigma_min) * uniform_B
 
-    def fake_score_step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
-        """One update of the fake score: denoise what the generator makes now."""
+    # ---- the generator's turn -----------------------------------------------------------------------------------------
+
+    def generator_step(self, batches: Sequence[Batch], step: int) -> Metrics:
+        """One update of the generator, by the distribution-matching gradient and, where there is a GAN, the discriminator's."""
+        self.generator.train()
+        set_lr(self.generator, self.recipe.generator, step // self.recipe.fake_score.updates_per_generator_update)
+        metrics = mean(self.generator_pass(batch, step) for batch in batches)
+        return metrics | {"grad_norm/generator": self.generator.get_global_grad_norm()}
+
+    def generator_pass(self, batch: Batch, step: int) -> Metrics:
+        x0_BCTHW = self.generated(batch, step, "generator", batch.velocity_of(self.generator))
+        leaf_BCTHW = x0_BCTHW.detach()
+        loss, dloss_dx0 = self.distribution_matching(leaf_BCTHW, batch, step)
+        metrics = {"loss/dm": loss}
+        if self.recipe.gan.is_on:
+            gan_loss, dgan_dx0 = self.gan_for_generator(leaf_BCTHW, batch, step)
+            metrics |= {"loss/gan_generator": gan_loss}
+            dloss_dx0 = dloss_dx0 + self.recipe.gan.generator_weight * dgan_dx0
+        self.generator.backward((x0_BCTHW * dloss_dx0).sum())  # the derivative of this scalar is dL/dx0 itself
+        self.generator.step()
+        return metrics
+
+    @torch.no_grad()
+    def distribution_matching(self, x0_BCTHW: torch.Tensor, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss and dL/dx0."""
+        x_BCTHW, _, sigma_B = self.noised(x0_BCTHW, batch, step, "generator")
+        real, fake = x0_of_scores(self.fake_score.module, x_BCTHW, sigma_B, batch, self.negative_embeds_1LD, self.two_pass_guidance)
+        if self.recipe.score.normaliser:
+            return losses.distribution_matching_loss(losses.distribution_matching_gradient(x0_BCTHW, real, fake))
+        return losses.distribution_matching_loss(losses.score_difference(real, fake))
+
+    def gan_for_generator(self, x0_BCTHW: torch.Tensor, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss and dL/dx0, through the fake score's features; its own weights get no gradient of this."""
+        leaf_BCTHW = x0_BCTHW.detach().requires_grad_()
+        noise, sigma_B = self.gan_noise(batch, step, "generator")
+        x_BCTHW = flow.add_noise(leaf_BCTHW, noise, sigma_B)
+        marks = self.fake_score.module(x_BCTHW, sigma_B, judged=len(x_BCTHW), **batch.conditions(1)).marks_JM
+        loss = losses.generator_gan_loss(marks)
+        return loss.detach(), torch.autograd.grad(loss, leaf_BCTHW)[0]
+
+    # ---- the fake score's turn ----------------------------------------------------------------------------------------
+
+    def fake_score_step(self, batches: Sequence[Batch], step: int) -> Metrics:
+        """One update of the fake score: denoise what the generator makes now, and tell it from the dataset's."""
+        set_lr(self.fake_score, self.recipe.fake_score, step)
+        one_pass: Callable[[Batch, int], Metrics] = self.score_and_gan_pass if self.recipe.gan.is_on else self.score_pass
+        metrics = mean(one_pass(batch, step) for batch in batches)
+        return metrics | {"grad_norm/fake_score": self.fake_score.get_global_grad_norm()}
+
+    def score_pass(self, batch: Batch, step: int) -> Metrics:
         with torch.no_grad():
-            x0_BCTHW = self.rollout(batch, step, "fake_score", batch.velocity_of(self.generator.module))
+            x0_BCTHW = self.generated(batch, step, "fake_score", batch.velocity_of(self.generator.module))
             x_BCTHW, noise_BCTHW, sigma_B = self.noised(x0_BCTHW, batch, step, "fake_score")
-        velocity_BCTHW = batch.velocity_of(self.fake_score)(x_BCTHW, sigma_B)
+        velocity_BCTHW = self.fake_score(x_BCTHW, sigma_B, **batch.conditions(1)).velocity_BCTHW
         loss = flow_matching_loss(velocity_BCTHW, x0_BCTHW, noise_BCTHW)
         self.fake_score.backward(loss)
-        set_lr(self.fake_score, self.recipe.fake_score, step)
         self.fake_score.step()
-        return {"loss/fake_score": loss.detach(), "grad_norm/fake_score": self.fake_score.get_global_grad_norm()}
+        return {"loss/fake_score": loss.detach()}
+
+    def score_and_gan_pass(self, batch: Batch, step: int) -> Metrics:
+        """Samples to denoise, generated, real and disturbed real ones to judge, in this order: one batch, one backward pass."""
+        gan = self.recipe.gan
+        with torch.no_grad():
+            x0_BCTHW = self.generated(batch, step, "fake_score", batch.velocity_of(self.generator.module))
+            x_BCTHW, noise_BCTHW, sigma_B = self.noised(x0_BCTHW, batch, step, "fake_score")
+            judged = [x0_BCTHW, batch.latents_BCTHW]
+            if gan.r1_weight:
+                disturbance = self.randomness.normal("fake_score/r1", step, batch.samples, batch.latents_shape, self.device)
+                judged.append(batch.latents_BCTHW + gan.r1_strength * disturbance)
+            gan_noise, gan_sigma_B = self.gan_noise(batch, step, "fake_score")
+            x_all = torch.cat([x_BCTHW, *(flow.add_noise(x0, gan_noise, gan_sigma_B) for x0 in judged)])
+            sigma_all = torch.cat([sigma_B, gan_sigma_B.repeat(len(judged))])
+        scores = self.fake_score(x_all, sigma_all, judged=len(judged) * len(x_BCTHW), **batch.conditions(1 + len(judged)))
+        score_loss = flow_matching_loss(scores.velocity_BCTHW[: len(x_BCTHW)], x0_BCTHW, noise_BCTHW)
+        fake_marks, real_marks, *disturbed_marks = scores.marks_JM.chunk(len(judged))
+        gan_loss = losses.discriminator_loss(real_marks, fake_marks)
+        loss = score_loss + gan.discriminator_weight * gan_loss
+        metrics = {"loss/fake_score": score_loss.detach(), "loss/gan_discriminator": gan_loss.detach()}
+        if disturbed_marks:
+            r1 = losses.approximate_r1(real_marks, disturbed_marks[0], gan.r1_strength)
+            loss = loss + gan.r1_weight * r1
+            metrics |= {"loss/r1": r1.detach()}
+        self.fake_score.backward(loss)
+        self.fake_score.step()
+        return metrics
+
+
+def mean(passes: Iterable[Metrics]) -> Metrics:
+    """The passes' numbers, averaged by name."""
+    passes = list(passes)
+    return {name: sum(metrics[name] for metrics in passes) / len(passes) for name in passes[0]}

@@ -1,15 +1,22 @@
 """The losses of DMD2: tensors in, tensor out.
 
-Shape suffixes: B batch, C channels, T latent frames, H W latent height and width.
+Shape suffixes: B batch, C channels, T latent frames, H W latent height and width, M marks that the discriminator gives a sample.
 """
 
 import torch
+import torch.nn.functional as F
 
 
 def guided_x0(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
     """Classifier-free guidance on x0 (Ho and Salimans 2022; guidance 1 is the conditional prediction alone)."""
     # x0 = u + w (c - u)
     return unconditional + guidance * (conditional - unconditional)
+
+
+def score_difference(real_BCTHW: torch.Tensor, fake_BCTHW: torch.Tensor) -> torch.Tensor:
+    """The direction away from the fake score and towards the real one (Yin et al. 2024, eq. 3), without a normaliser."""
+    # g = fake - real
+    return fake_BCTHW - real_BCTHW
 
 
 def distribution_matching_gradient(x0_BCTHW: torch.Tensor, real_BCTHW: torch.Tensor, fake_BCTHW: torch.Tensor) -> torch.Tensor:
@@ -20,7 +27,7 @@ def distribution_matching_gradient(x0_BCTHW: torch.Tensor, real_BCTHW: torch.Ten
     """
     # g = (fake - real) / mean_{C,T,H,W} |x0 - real|
     scale_B1111 = (x0_BCTHW - real_BCTHW).abs().mean((1, 2, 3, 4), keepdim=True).clamp_min(1e-5)
-    return (fake_BCTHW - real_BCTHW) / scale_B1111
+    return score_difference(real_BCTHW, fake_BCTHW) / scale_B1111
 
 
 def distribution_matching_loss(gradient_BCTHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,3 +40,22 @@ def flow_matching_loss(velocity_BCTHW: torch.Tensor, x0_BCTHW: torch.Tensor, noi
     """The fake score's own denoising loss on what the generator makes (Yin et al. 2024, eq. 2, as flow matching)."""
     # L = mean |v - (noise - x0)|^2
     return (velocity_BCTHW - (noise_BCTHW - x0_BCTHW)).square().mean()
+
+
+def generator_gan_loss(fake_marks_BM: torch.Tensor) -> torch.Tensor:
+    """What the generator loses to the discriminator (the non-saturating loss of Goodfellow et al. 2014)."""
+    # L = mean softplus(-D(fake))
+    return F.softplus(-fake_marks_BM).mean()
+
+
+def discriminator_loss(real_marks_BM: torch.Tensor, fake_marks_BM: torch.Tensor) -> torch.Tensor:
+    """The discriminator's own loss (Yin et al. 2024, eq. 4)."""
+    # L = mean softplus(-D(real)) + mean softplus(D(fake))
+    return F.softplus(-real_marks_BM).mean() + F.softplus(fake_marks_BM).mean()
+
+
+def approximate_r1(real_marks_BM: torch.Tensor, disturbed_marks_BM: torch.Tensor, strength: float) -> torch.Tensor:
+    """The squared slope of the discriminator at real samples, by a difference (R1 of Mescheder et al. 2018 without a second
+    derivative, after Lin et al. 2025). `disturbed` are the marks of the same samples with noise of that strength added."""
+    # L = mean |D(real) - D(real + strength noise)|^2 / strength^2
+    return (real_marks_BM - disturbed_marks_BM).square().mean() / strength**2

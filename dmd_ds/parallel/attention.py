@@ -187,6 +187,30 @@ class GatherTokens(torch.autograd.Function):
         return dx_nBD.transpose(0, 1), None
 
 
+class ShardTokens(torch.autograd.Function):
+    """This rank's share of the tokens that lie along `dim`, zeros where they do not divide. Backward gives all of a sample's
+    gradient to every rank: the share of each is P times too large, since the loss on each of the P ranks is the whole one."""
+
+    @staticmethod
+    def forward(ctx, x, dim, rank, group):
+        P = dist.get_world_size(group)
+        ctx.dim, ctx.group, ctx.tokens = dim, group, x.shape[dim]
+        share = -(-x.shape[dim] // P)
+        start = min(rank * share, x.shape[dim])
+        mine = x.narrow(dim, start, min(share, x.shape[dim] - start))
+        missing = list(mine.shape)
+        missing[dim] = share - mine.shape[dim]
+        return torch.cat((mine, mine.new_zeros(missing)), dim)
+
+    @staticmethod
+    def backward(ctx, dmine):
+        P = dist.get_world_size(ctx.group)
+        mine_first = dmine.movedim(ctx.dim, 0).contiguous()
+        whole = mine_first.new_empty(P * len(mine_first), *mine_first.shape[1:])
+        dist.all_gather_into_tensor(whole, mine_first, group=ctx.group)
+        return whole[: ctx.tokens].movedim(0, ctx.dim) / P, None, None, None
+
+
 class SequenceParallel:
     """How a sample's tokens lie on its ranks; on a mesh of one rank a sample, whole. For `dmd_ds.wan.denoiser.WanDenoiser`."""
 
@@ -197,13 +221,8 @@ class SequenceParallel:
         self.kernel = ring_kernel(mesh.device, dtype) if mesh.ring > 1 else None
 
     def shard(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's share of the tokens that lie along `dim`, zeros where they do not divide."""
-        share = -(-x.shape[dim] // self.size)
-        start = min(self.rank * share, x.shape[dim])
-        mine = x.narrow(dim, start, min(share, x.shape[dim] - start))
-        missing = list(mine.shape)
-        missing[dim] = share - mine.shape[dim]
-        return torch.cat((mine, mine.new_zeros(missing)), dim) if missing[dim] else mine
+        """This rank's share of the tokens that lie along `dim`, zeros where they do not divide; a gradient comes back for all."""
+        return x if self.size == 1 else ShardTokens.apply(x, dim, self.rank, self.mesh.sequence_group)
 
     def gather(self, x_BnD: torch.Tensor, tokens: int) -> torch.Tensor:
         """All tokens `[B, L, D]` on every rank, padding cut off."""

@@ -13,7 +13,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from dmd_ds.errors import UserError, read_json
-from dmd_ds.recipe import Optimizer, find_ds_config
+from dmd_ds.recipe import Data, Optimizer, find_ds_config
 
 
 def read_ds_config(key: str, path: str) -> dict[str, Any]:
@@ -33,8 +33,8 @@ def training_dtype() -> torch.dtype:
     return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
 
 
-def complete_ds_config(config: dict[str, Any], optimizer: Optimizer, batch_size: int) -> dict[str, Any]:
-    """The JSON with what the recipe decides: batch size, clipping, optimiser, precision."""
+def complete_ds_config(config: dict[str, Any], optimizer: Optimizer, data: Data) -> dict[str, Any]:
+    """The JSON with what the recipe decides: batch size, accumulation, clipping, optimiser, precision."""
     parameters = {
         **config.get("optimizer", {}).get("params", {}),
         "lr": optimizer.lr,
@@ -45,8 +45,8 @@ def complete_ds_config(config: dict[str, Any], optimizer: Optimizer, batch_size:
         **config,
         "bf16": {**config.get("bf16", {}), "enabled": training_dtype() == torch.bfloat16},
         "optimizer": {**config.get("optimizer", {"type": "AdamW"}), "params": parameters},
-        "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": data.batch_size,
+        "gradient_accumulation_steps": data.accumulation,
         "gradient_clipping": optimizer.max_grad_norm,
         "steps_per_print": 2**31 - 1,
     }

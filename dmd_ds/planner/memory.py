@@ -73,7 +73,7 @@ def always(setup: Setup) -> Terms:
         {"score: frozen base": base},
         trained(setup, "fake score LoRA", model.adapter(setup.lora_rank), setup.fake_score_zero),
         trained(setup, "GAN head", gan_head(setup), setup.fake_score_zero),
-        {"EMA of the generator, fp32": 4 * setup.part(everything) if setup.ema else 0},
+        {"EMA of the generator, fp32": 4 * setup.part(everything) if setup.ema and not setup.generator_zero.offload_optimizer else 0},
         {"VAE of validation, fp32": 4 * VAE_WEIGHTS if setup.validation else 0},
         buffers(setup),
     )

@@ -222,6 +222,7 @@ def setup_of(recipe: Recipe, model: ModelSize, video: Video, gpus: int, ds_confi
         batch=recipe.data.batch_size,
         checkpointing=recipe.activation_checkpointing,
         validation=recipe.validation.every > 0,
+        ema=recipe.generator.ema_decay is not None,
         lora_rank=recipe.fake_score.lora_rank,
         score_parts=2 if recipe.score.guidance == 1.0 else 3,
         generator_every=recipe.fake_score.updates_per_generator_update,

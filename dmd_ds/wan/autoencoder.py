@@ -1,15 +1,32 @@
 """The Wan VAE behind three small functions: pixels [B, 3, T, H, W] in [-1, 1], latents [B, C, T', H', W'] of unit variance."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
 
+from dmd_ds.data.video import VideoSize
+from dmd_ds.errors import UserError
 from dmd_ds.wan import original_parts
 from dmd_ds.wan.original_parts import is_original
 
-TIME_STRIDE, SPACE_STRIDE = 4, 8
+TIME_STRIDE, SPACE_STRIDE = 4, 8  # a latent frame stands for 4 frames, the first one for 1; a latent position for 8 x 8 pixels
 DECODED_AT_ONCE = 4096  # latent positions: a dozen tiny clips together take a quarter of their time, a real one goes alone
+
+
+def latents_shape(size: VideoSize, config: Mapping, where: str = "") -> tuple[int, int, int, int]:
+    """`[C, T, H, W]` of a video's latents for a transformer of this configuration; `UserError`, begun with `where`, for a size
+    that VAE or transformer cannot take."""
+    if (size.frames - 1) % TIME_STRIDE:
+        raise UserError(f"{where}frames={size.frames}: must be 4n + 1, the nearest is {(size.frames - 1) // 4 * 4 + 1}")
+    for name, pixels, patch in (("height", size.height, config["patch_size"][1]), ("width", size.width, config["patch_size"][2])):
+        stride = SPACE_STRIDE * patch
+        if pixels % stride:
+            nearest = max(stride, round(pixels / stride) * stride)
+            raise UserError(f"{where}{name}={pixels}: must be a multiple of {stride}, the nearest is {nearest}")
+    latent = (size.frames - 1) // TIME_STRIDE + 1, size.height // SPACE_STRIDE, size.width // SPACE_STRIDE
+    return (config["out_channels"], *latent)
 
 
 def load_autoencoder(folder: Path, device: torch.device) -> AutoencoderKLWan:

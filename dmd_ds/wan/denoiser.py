@@ -8,6 +8,7 @@ H W latent height and width, L tokens, n tokens of this rank, N heads, D width.
 import contextlib
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ class WholeSequence:
     """All tokens of a sample in one place, with no ranks about. `dmd_ds.parallel.attention.SequenceParallel` is the other kind."""
 
     def shard(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's share of the tokens that lie along `dim`."""
+        """This rank's share of the tokens that lie along `dim`; a gradient comes back for all of them."""
         return x
 
     def gather(self, x_BnD: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -196,7 +197,20 @@ class WanDenoiser(nn.Module):
         guidance_B: torch.Tensor | None = None,
         image: ImageCondition | None = None,
     ) -> torch.Tensor:
-        """The velocity `[B, C, T, H, W]` in float32.
+        """The velocity `[B, C, T, H, W]` in float32; the arguments are those of `predict`."""
+        return self.predict(x_BCTHW, sigma_B, prompt_embeds_BLD, adapter_weight_B, guidance_B, image)[0]
+
+    def predict(
+        self,
+        x_BCTHW: torch.Tensor,
+        sigma_B: torch.Tensor,
+        prompt_embeds_BLD: torch.Tensor,
+        adapter_weight_B: torch.Tensor | None = None,
+        guidance_B: torch.Tensor | None = None,
+        image: ImageCondition | None = None,
+        taps: Collection[int] = (),
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The velocity `[B, C, T, H, W]` in float32, and what the blocks numbered in `taps` give, `[B, n, D]` each.
 
         `x_BCTHW`: noised latents; `sigma_B`: noise level in [0, 1]; `prompt_embeds_BLD`: text padded with zeros to 512
         tokens, or trimmed to fewer of which the last is padding. `adapter_weight_B`: how much of the LoRA each sample
@@ -229,19 +243,22 @@ class WanDenoiser(nn.Module):
         if image is not None:
             context = TextAndImage(context, embedder.image_embedder(image.embeds_BLD.to(dtype)))
 
-        for block in wan.blocks:
+        features = []
+        for number, block in enumerate(wan.blocks):
             arguments = (block, hidden_BnD, context, modulation_B6D, place, adapter_weight_B)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden_BnD = checkpoint(self._run_block, *arguments, use_reentrant=False)
             else:
                 hidden_BnD = self._run_block(*arguments)
+            if number in taps:
+                features.append(hidden_BnD)
 
         shift_B1D, scale_B1D = (wan.scale_shift_table + time_BD[:, None].float()).chunk(2, dim=1)
         hidden_BnD = (wan.norm_out(hidden_BnD.float()) * (1 + scale_B1D) + shift_B1D).to(dtype)
         out_BLD = self.sequence.gather(wan.proj_out(hidden_BnD).float(), tokens)
         out = out_BLD.unflatten(1, (T, H, W)).unflatten(-1, (p_t, p_h, p_w, -1))
         # [B, T, H, W, p_t, p_h, p_w, C] -> [B, C, T p_t, H p_h, W p_w]
-        return out.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return out.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3), features
 
     def _run_block(self, block, hidden_BnD, context, modulation_B6D, place, adapter_weight_B):
         with self.adapter_weight(adapter_weight_B) if self.adapter_weight else contextlib.nullcontext():

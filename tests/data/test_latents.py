@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dmd_ds.data.latents import BatchOrder, FirstFrame, LatentsDataset, LatentsWriter, pad_embeds
+from dmd_ds.data.latents import BatchOrder, FirstFrame, LatentsDataset, LatentsWriter, SizedOrder, pad_embeds
 from dmd_ds.errors import UserError
 from dmd_ds.randomness import Randomness
 from tests.mini import IMAGE_EMBEDS_SHAPE, TEXT_WIDTH, make_dataset
@@ -101,3 +101,12 @@ def test_first_frames_come_back_and_the_dataset_says_that_it_has_them(tmp_path, 
     for index, frame in enumerate(written):
         assert torch.equal(dataset.first_frame(index).latents, frame.latents)
         assert torch.equal(dataset.first_frame(index).embeds, frame.embeds)
+
+
+def test_sizes_of_the_recipe_are_mixed_over_all_samples_one_a_step():
+    order = SizedOrder(list(SHAPES), samples=6, global_batch_size=2, randomness=Randomness(0))
+    steps = [order(step) for step in range(60)]
+    assert {shape for shape, _ in steps} == set(SHAPES)
+    assert 15 < sum(shape == SHAPES[0] for shape, _ in steps) < 45
+    assert sorted(index for _, indices in steps[:3] for index in indices) == list(range(6))  # an epoch is one of samples
+    assert order(7) == SizedOrder(list(SHAPES), 6, 2, Randomness(0))(7)

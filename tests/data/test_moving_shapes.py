@@ -1,5 +1,7 @@
 """The world draws what it says, and its judge sees what is drawn and nothing else."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -13,13 +15,17 @@ def clips() -> tuple[list[np.ndarray], list[str]]:
     return [ms.draw(caption, rng) for caption in wanted], [str(caption) for caption in wanted]
 
 
+def score_of(videos, captions) -> dict[str, float]:
+    return ms.score([ms.judge(video) for video in videos], captions)
+
+
 def features_of(videos) -> np.ndarray:
     return np.stack([ms.features(video) for video in videos])
 
 
 def test_every_drawn_clip_is_judged_as_its_caption(clips):
     videos, captions = clips
-    score = ms.score(videos, captions)
+    score = score_of(videos, captions)
     assert [score[word] for word in ("color", "shape", "motion", "both")] == [1, 1, 1, 1]
 
 
@@ -28,7 +34,7 @@ def test_clips_of_other_lengths_and_sizes_are_judged_too(frames, size):
     rng = np.random.default_rng(6)
     videos = [ms.draw(caption, rng, frames, *size) for caption in ms.CAPTIONS]
     assert videos[0].shape == (frames, *size, 3)
-    score = ms.score(videos, [str(caption) for caption in ms.CAPTIONS])
+    score = score_of(videos, [str(caption) for caption in ms.CAPTIONS])
     assert score["both"] == 1 and score["shape"] == 1
 
 
@@ -56,23 +62,23 @@ def test_the_judge_finds_nothing_in_an_empty_picture_and_no_color_asked_for_in_n
     noise = np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3), dtype=np.uint8)
     assert ms.judge(noise).sharpness > 0
     wrong = [ms.Caption("red", "circle", "moving sideways")] * len(clips[0])
-    assert ms.score(clips[0], [str(caption) for caption in wrong])["both"] < 0.15
+    assert score_of(clips[0], [str(caption) for caption in wrong])["both"] < 0.15
 
 
 def test_a_still_clip_of_a_moving_caption_is_judged_still(clips):
     videos, captions = clips
     frozen = [np.repeat(video[8:9], 17, axis=0) for video in videos]
-    assert ms.score(frozen, captions)["motion"] == pytest.approx(1 / 3)
-    assert ms.score(frozen, captions)["speed"] == 0
+    assert score_of(frozen, captions)["motion"] == pytest.approx(1 / 3)
+    assert score_of(frozen, captions)["speed"] == 0
 
 
 def test_washed_out_and_blurred_clips_lose_saturation_and_sharpness(clips):
     videos, captions = clips
-    sharp = ms.score(videos, captions)
+    sharp = score_of(videos, captions)
     washed = [(0.6 * video + 0.4 * 128).astype(np.uint8) for video in videos]
     blurred = [(video.astype(int) + np.roll(video, 2, 2) + np.roll(video, -2, 2)).astype(float) / 3 for video in videos]
-    assert ms.score(washed, captions)["saturation"] < 0.8 * sharp["saturation"]
-    assert ms.score([video.astype(np.uint8) for video in blurred], captions)["sharpness"] < 0.7 * sharp["sharpness"]
+    assert score_of(washed, captions)["saturation"] < 0.8 * sharp["saturation"]
+    assert score_of([video.astype(np.uint8) for video in blurred], captions)["sharpness"] < 0.7 * sharp["sharpness"]
 
 
 def test_the_frechet_distance_is_small_between_two_sets_of_one_world_and_large_to_a_spoiled_one():
@@ -97,6 +103,50 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form():
     assert ms.frechet_distance(base, scaled) == pytest.approx(6, rel=1e-6)
 
 
+def spread(low: float, high: float) -> float:
+    """The standard deviation of what is uniform between the two."""
+    return (high - low) / np.sqrt(12)
+
+
+def test_diversity_is_the_spread_that_clips_are_drawn_with():
+    rng = np.random.default_rng(8)
+    captions = [str(caption) for caption in ms.CAPTIONS[:9] for _ in range(30)]
+    found = ms.diversity([ms.judge(ms.draw(ms.parse(caption), rng)) for caption in captions], captions)
+    assert found["size_spread"] == pytest.approx(spread(*ms.SIZE_RANGE), rel=0.1)
+    still, moving = spread(-ms.STILL_SPREAD, ms.STILL_SPREAD), spread(-ms.MIDDLE_SPREAD, ms.MIDDLE_SPREAD)
+    assert found["path_spread"] == pytest.approx(np.sqrt((still**2 + moving**2) / 2), rel=0.1)
+    assert 0.3 < found["start_spread"] < 0.4  # at one edge or the other, with half a shape's distance to it
+
+
+@pytest.mark.parametrize("collapsed", ["size_spread", "path_spread", "start_spread"])
+def test_diversity_tells_what_has_collapsed(collapsed, monkeypatch):
+    """Clips that are all of one size, on one path or from one side lose that spread and no other."""
+    captions = [str(caption) for caption in ms.CAPTIONS if caption.motion == "moving sideways" for _ in range(4)]
+
+    def found() -> dict[str, float]:
+        rng = np.random.default_rng(9)
+        verdicts = [ms.judge(ms.draw(ms.parse(caption), rng)) for caption in captions]
+        if collapsed == "start_spread":
+            verdicts = [dataclasses.replace(v, start=(min(v.start[0], 1 - v.start[0]), v.start[1])) for v in verdicts]
+        return ms.diversity(verdicts, captions)
+
+    rng = np.random.default_rng(9)
+    whole = ms.diversity([ms.judge(ms.draw(ms.parse(caption), rng)) for caption in captions], captions)
+    monkeypatch.setattr(ms, "SIZE_RANGE", (0.3, 0.3) if collapsed == "size_spread" else ms.SIZE_RANGE)
+    monkeypatch.setattr(ms, "MIDDLE_SPREAD", 0.0 if collapsed == "path_spread" else ms.MIDDLE_SPREAD)
+    for name, number in found().items():
+        assert number < 0.35 * whole[name] if name == collapsed else number > 0.8 * whole[name], name
+
+
+def test_diversity_knows_captions_apart_and_passes_over_empty_clips():
+    a, b = str(ms.CAPTIONS[1]), str(ms.CAPTIONS[2])
+    one = ms.judge(ms.draw(ms.CAPTIONS[1], np.random.default_rng(0)))
+    other = dataclasses.replace(one, size=2 * one.size, centre=(0.1, 0.1))
+    # two captions, each always the same: no spread, though the captions differ
+    assert set(ms.diversity([one, one, other, other], [a, a, b, b]).values()) == {0.0}
+    assert ms.diversity([one, ms.NOTHING], [a, a]) == {"size_spread": 0, "path_spread": 0, "start_spread": 0}
+
+
 def test_held_back_captions_use_every_word_and_leave_each_in_training():
     assert len(set(ms.HELD_BACK)) == 9
     kept = [caption for caption in ms.CAPTIONS if caption not in ms.HELD_BACK]
@@ -107,6 +157,7 @@ def test_held_back_captions_use_every_word_and_leave_each_in_training():
 
 
 def test_a_text_that_is_no_caption_is_refused():
+    assert ms.are_captions(["a red circle standing still"]) and not ms.are_captions(["a red circle standing still", "a purple dog"])
     assert ms.parse("a red circle standing still") == ms.CAPTIONS[0]
     with pytest.raises(ValueError, match="a purple dog"):
         ms.parse("a purple dog")

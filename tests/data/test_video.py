@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dmd_ds.data import moving_shapes as ms
-from dmd_ds.data.video import contact_sheet, fit, read_image, read_video, write_video
+from dmd_ds.data.video import VideoSize, best_size, contact_sheet, fit, read_image, read_video, write_video
 from dmd_ds.errors import UserError
 
 
@@ -104,3 +104,18 @@ def test_what_is_no_image_is_named(tmp_path):
         read_image(tmp_path / "a.png", 16, 16)
     with pytest.raises(UserError, match="b.png: no such file"):
         read_image(tmp_path / "b.png", 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("film", "chosen"),
+    [
+        (VideoSize(100, 480, 832), VideoSize(81, 480, 832)),
+        (VideoSize(50, 480, 832), VideoSize(33, 480, 832)),  # too short for 81
+        (VideoSize(100, 1920, 1080), VideoSize(81, 832, 480)),
+        (VideoSize(100, 700, 720), VideoSize(81, 624, 624)),
+        (VideoSize(20, 480, 832), VideoSize(33, 480, 832)),  # too short for any: read_video gives as many frames as there are
+    ],
+)
+def test_a_film_goes_to_the_size_that_loses_least_of_it(film, chosen):
+    sizes = [VideoSize.parse(text) for text in ("81x480x832", "33x480x832", "81x832x480", "81x624x624")]
+    assert best_size(sizes, film) == chosen

@@ -4,10 +4,14 @@ import pytest
 import torch
 
 from dmd_ds.distill.losses import (
+    approximate_r1,
+    discriminator_loss,
     distribution_matching_gradient,
     distribution_matching_loss,
     flow_matching_loss,
+    generator_gan_loss,
     guided_x0,
+    score_difference,
 )
 
 SHAPE = (2, 3, 2, 4, 4)
@@ -54,3 +58,23 @@ def test_the_fake_scores_loss_is_zero_for_the_true_velocity():
 def test_guidance_of_one_is_the_conditional_model():
     torch.testing.assert_close(guided_x0(full(3.0), full(1.0), 1.0), full(3.0))
     torch.testing.assert_close(guided_x0(full(3.0), full(1.0), 2.5), full(6.0))
+
+
+def test_without_the_normaliser_the_gradient_is_the_difference_of_the_scores():
+    torch.testing.assert_close(score_difference(real_BCTHW=full(3.0), fake_BCTHW=full(1.0)), full(-2.0))
+
+
+def test_generator_and_discriminator_want_opposite_marks_for_what_is_made():
+    low, high = torch.tensor([[-2.0]]), torch.tensor([[2.0]])
+    assert generator_gan_loss(high) < generator_gan_loss(low)
+    assert discriminator_loss(real_marks_BM=high, fake_marks_BM=low) < discriminator_loss(real_marks_BM=low, fake_marks_BM=high)
+    # an undecided one loses log 2 for each
+    assert float(discriminator_loss(torch.zeros(2, 3), torch.zeros(2, 3))) == pytest.approx(2 * 0.6931472)
+    assert float(generator_gan_loss(torch.zeros(2, 3))) == pytest.approx(0.6931472)
+
+
+def test_approximate_r1_is_the_squared_slope():
+    # D(x) = 3 x has slope 3 whatever the strength of the disturbance
+    x, noise = torch.randn(4, 1000), torch.randn(4, 1000)
+    for strength in (0.1, 1.0):
+        assert float(approximate_r1(3 * x, 3 * (x + strength * noise), strength)) == pytest.approx(9, rel=0.1)

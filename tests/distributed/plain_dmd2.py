@@ -1,12 +1,14 @@
 """DMD2 in plain PyTorch, one process, written from the paper's formulas: what the engines are held against.
 
-It shares with the project the model's class (diffusers'), peft, and the random numbers; no loss, sampler, schedule or step.
+It shares with the project the model's class (diffusers'), peft, the GAN head's class, and the random numbers; no loss, sampler,
+schedule or step.
 """
 
 import copy
 import math
 
 import torch
+import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.models.embeddings import TimestepEmbedding
 from peft import LoraConfig, get_peft_model
@@ -14,6 +16,8 @@ from peft import LoraConfig, get_peft_model
 from dmd_ds.data.latents import BatchOrder, LatentsDataset
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Recipe, Sampling
+from dmd_ds.wan.denoiser import WHOLE_SEQUENCE
+from dmd_ds.wan.discriminator import HEADS
 
 
 def pad(embeds: list[torch.Tensor]) -> torch.Tensor:
@@ -66,23 +70,51 @@ def noise_levels(sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([levels, torch.zeros(1)]).float(), told.float()
 
 
+class PlainEMA:
+    """An average of a model's weights whose decay grows as (1 + n) / (10 + n)."""
+
+    def __init__(self, decay: float):
+        self.decay, self.updates, self.weights = decay, 0, {}
+
+    def update(self, model: torch.nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, weight in model.named_parameters():
+            self.weights[name] = decay * self.weights[name] + (1 - decay) * weight.detach()
+
+
 def plain_dmd2(
-    recipe: Recipe, global_batch_size: int, epsilon: float, embedding: dict[str, torch.Tensor] | None = None, one_pass: bool = False
+    recipe: Recipe,
+    global_batch_size: int,
+    epsilon: float,
+    embedding: dict[str, torch.Tensor] | None = None,
+    one_pass: bool = False,
+    ema: PlainEMA | None = None,
 ) -> tuple[list[dict], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(metrics a step, the generator's weights, the adapter's weights).
+    """(metrics a step, the generator's weights, the weights of the adapter and of the GAN head).
 
     `embedding`: first weights of a guidance embedding; with `one_pass` the real score has its guidance from it alone.
+    `ema`: follows the generator.
     """
     generator = WanTransformer3DModel.from_pretrained(f"{recipe.model.path}/transformer").train()
     base = copy.deepcopy(generator)
+    if ema:
+        ema.weights = {name: weight.detach().clone() for name, weight in generator.named_parameters()}
     if embedding:
         give_guidance(generator, embedding, recipe.score.guidance)
         give_guidance(base, embedding, recipe.score.guidance)
+    gan, head, tapped = recipe.gan, torch.nn.Module(), {}
+    if gan.generator_weight:
+        torch.manual_seed(recipe.seed)
+        config = base.config
+        head = HEADS[gan.head](len(gan.blocks), config.num_attention_heads * config.attention_head_dim, gan.width)
+        for number in gan.blocks:
+            base.blocks[number].register_forward_hook(lambda module, inputs, out, number=number: tapped.__setitem__(number, out))
     torch.manual_seed(recipe.seed)
     targets = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)|ffn\.net\.(0\.proj|2))"
     lora = LoraConfig(r=recipe.fake_score.lora_rank, lora_alpha=recipe.fake_score.lora_alpha, target_modules=targets)
     score = get_peft_model(base, lora)
-    adapter = [parameter for parameter in score.parameters() if parameter.requires_grad]
+    adapter = [parameter for parameter in [*score.parameters(), *head.parameters()] if parameter.requires_grad]
 
     def adamw(parameters, section):
         return torch.optim.AdamW(parameters, lr=section.lr, betas=section.betas, eps=epsilon, weight_decay=section.weight_decay)
@@ -101,8 +133,22 @@ def plain_dmd2(
         channels, embeds = image
         return model(torch.cat([x, channels], dim=1), 1000 * sigma, text, embeds, return_dict=False)[0]
 
+    def judge(x, sigma, text, image):
+        velocity(score, x, sigma, text, image)
+        return head([tapped[number] for number in sorted(gan.blocks)], WHOLE_SEQUENCE, tapped[gan.blocks[0]].shape[1])
+
+    def for_gan(step, purpose, shape):
+        sigma = gan.sigma_min + (gan.sigma_max - gan.sigma_min) * draw.uniform(f"{purpose}/gan_sigma", step, samples)
+        return sigma, sigma.view(-1, 1, 1, 1, 1), draw.normal(f"{purpose}/gan_noise", step, samples, shape)
+
     def roll(text, image, shape, step, purpose, with_gradient):
         exit_step = last_step if recipe.rollout.exit == "last" else draw.integer(f"{purpose}/exit_step", step, last_step + 1)
+        if recipe.rollout.input == "data":
+            sigma = sigmas[exit_step]
+            x = (1 - sigma) * latents + sigma * draw.normal(f"{purpose}/rollout{exit_step}", step, samples, shape)
+            with torch.set_grad_enabled(with_gradient):
+                x0 = x - sigma * velocity(generator, x, told[exit_step].repeat(len(x)), text, image)
+            return x0, float(sigmas[exit_step + 1])
         x = draw.normal(f"{purpose}/rollout0", step, samples, shape)
         for k in range(exit_step + 1):
             with torch.set_grad_enabled(with_gradient and k == exit_step):
@@ -132,6 +178,7 @@ def plain_dmd2(
         shape, indices = order(step)
         text = pad([dataset.prompt_embeds(i) for i in indices])
         image = see(dataset, indices)
+        latents = torch.stack([dataset[i].latents for i in indices])
         empty = pad([dataset.negative_embeds_LD] * len(indices))
         if step % recipe.fake_score.updates_per_generator_update == 0:
             x0, next_sigma = roll(text, image, shape, step, "generator", with_gradient=True)
@@ -142,24 +189,41 @@ def plain_dmd2(
                     conditional, unconditional = (velocity(score, x, sigma, words, image) for words in (text, empty))
                 guidance = 1.0 if one_pass else recipe.score.guidance
                 real = x - s5 * (unconditional + guidance * (conditional - unconditional))
-                normaliser = (x0 - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+                normaliser = (x0 - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True) if recipe.score.normaliser else 1
                 target = x0 - (fake - real) / normaliser
             loss = 0.5 * ((x0 - target) ** 2).mean()
+            line["loss/dm"] = float(loss.detach())
+            if gan.generator_weight:
+                sigma, s5, noise = for_gan(step, "generator", shape)
+                gan_loss = F.softplus(-judge((1 - s5) * x0 + s5 * noise, sigma, text, image)).mean()
+                loss = loss + gan.generator_weight * gan_loss
+                line["loss/gan_generator"] = float(gan_loss.detach())
             optimizer_g.zero_grad()
             loss.backward()
             line["grad_norm/generator"] = float(torch.nn.utils.clip_grad_norm_(generator.parameters(), recipe.generator.max_grad_norm))
             optimizer_g.param_groups[0]["lr"] = recipe.generator.lr * (0.5 if step == 0 else 1.0)  # warm-up of 1 update
             optimizer_g.step()
-            line["loss/dm"] = float(loss.detach())
+            if ema:
+                ema.update(generator)
         x0, next_sigma = roll(text, image, shape, step, "fake_score", with_gradient=False)
         x, noise, sigma, _ = noised(x0, next_sigma, step, "fake_score", shape)
         loss = ((velocity(score, x, sigma, text, image) - (noise - x0)) ** 2).mean()
+        line["loss/fake_score"] = float(loss.detach())
+        if gan.generator_weight:
+            sigma, s5, noise = for_gan(step, "fake_score", shape)
+            marks_fake = judge((1 - s5) * x0 + s5 * noise, sigma, text, image)
+            marks_real = judge((1 - s5) * latents + s5 * noise, sigma, text, image)
+            disturbed = latents + gan.r1_strength * draw.normal("fake_score/r1", step, samples, shape)
+            marks_disturbed = judge((1 - s5) * disturbed + s5 * noise, sigma, text, image)
+            gan_loss = F.softplus(marks_fake).mean() + F.softplus(-marks_real).mean()
+            r1 = ((marks_real - marks_disturbed) / gan.r1_strength).pow(2).mean()
+            loss = loss + gan.discriminator_weight * gan_loss + gan.r1_weight * r1
+            line |= {"loss/gan_discriminator": float(gan_loss.detach()), "loss/r1": float(r1.detach())}
         optimizer_f.zero_grad()
         loss.backward()
         line["grad_norm/fake_score"] = float(torch.nn.utils.clip_grad_norm_(adapter, recipe.fake_score.max_grad_norm))
         optimizer_f.param_groups[0]["lr"] = recipe.fake_score.lr * min(1.0, (step + 1) / 3)  # warm-up of 2 updates
         optimizer_f.step()
-        line["loss/fake_score"] = float(loss.detach())
         log.append(line)
     lora_weights = {name.removeprefix("base_model.model."): p for name, p in score.named_parameters() if p.requires_grad}
-    return log, dict(generator.named_parameters()), lora_weights
+    return log, dict(generator.named_parameters()), lora_weights | {f"head.{name}": p for name, p in head.named_parameters()}

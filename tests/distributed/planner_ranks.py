@@ -62,10 +62,10 @@ def measure(recipe: Recipe, mesh: Mesh, steps: int) -> dict[str, float]:
         gc.collect()
         peaks = {"generator": 0, "fake score": 0}
         for step in range(steps):
-            batch = trainer.batch(step)
+            batches = trainer.batches(step)
             for name, run in (("generator", trainer.dmd2.generator_step), ("fake score", trainer.dmd2.fake_score_step)):
                 live.reset()
-                run(batch, step)
+                run(batches, step)
                 peaks[name] = max(peaks[name], live.peak)
         peaks["standing"] = live.live
         trainer.monitor.close()

@@ -25,7 +25,6 @@ SPLITS = [
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("splits")
-    # long captions: of a few words among 512 tokens so little comes through that guidance is near the rounding of float32
     make_dataset(folder / "uneven", shapes=SHAPES, words=200)
     return folder
 

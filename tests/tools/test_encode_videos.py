@@ -8,7 +8,7 @@ import torch
 
 from dmd_ds.data import moving_shapes as ms
 from dmd_ds.data.latents import LatentsDataset
-from dmd_ds.data.video import read_video, write_video
+from dmd_ds.data.video import VideoSize, read_video, write_video
 from dmd_ds.errors import UserError
 from dmd_ds.generation import VideoModel
 from dmd_ds.wan.autoencoder import decode, encode, load_autoencoder
@@ -17,7 +17,7 @@ from dmd_ds.wan.text import encode_prompts, load_text_encoder
 from tests.data.test_video import film
 from tools.encode_videos import encode_videos, list_clips
 
-SIZE = {"frames": 5, "height": 32, "width": 48, "fps": 8, "negative": ""}
+SIZE = {"sizes": [VideoSize(5, 32, 48)], "fps": 8, "negative": ""}
 
 
 @pytest.fixture
@@ -80,12 +80,29 @@ def test_a_folder_of_the_users_is_never_written_over(clips, mini_model):
 
 
 @pytest.mark.parametrize(
-    "change, message",
-    [({"frames": 16}, "--frames 16: the VAE takes 4n"), ({"height": 30}, "--height 30: must be a multiple of 16")],
+    "size, message",
+    [
+        ("16x32x48", "--sizes 16x32x48: frames=16: must be 4n \\+ 1, the nearest is 13"),
+        ("5x30x48", "--sizes 5x30x48: height=30: must be a multiple of 16, the nearest is 32"),
+        ("5x32", "'5x32' is no size of a video; write frames x height x width"),
+        ("5x0x32", "'5x0x32' is no size of a video"),
+    ],
 )
-def test_impossible_sizes_are_refused_with_the_nearest(clips, mini_model, change, message):
+def test_impossible_sizes_are_refused_with_the_nearest(clips, mini_model, size, message):
     with pytest.raises(UserError, match=message):
-        encode_videos(clips / "clips.jsonl", clips / "out", mini_model, **{**SIZE, **change})
+        encode_videos(clips / "clips.jsonl", clips / "out", mini_model, **SIZE | {"sizes": [VideoSize.parse(size)]})
+
+
+def test_each_clip_goes_to_the_size_that_loses_least_of_it(tmp_path, mini_model):
+    rng = np.random.default_rng(0)
+    for name, frames, height, width in (("wide", 17, 32, 64), ("tall", 17, 64, 32), ("short", 6, 32, 64), ("large", 17, 64, 128)):
+        write_video(tmp_path / f"{name}.mp4", ms.draw(ms.CAPTIONS[0], rng, frames, height, width), 8)
+        (tmp_path / f"{name}.txt").write_text("a red circle")
+    sizes = [VideoSize.parse(text) for text in ("9x32x64", "5x32x64", "9x64x32", "13x64x128")]
+    encode_videos(tmp_path, tmp_path / "out", mini_model, **SIZE | {"sizes": sizes})
+    about = LatentsDataset(str(tmp_path / "out")).about
+    chosen = {line["source"]: f"{line['frames']}x{line['height']}x{line['width']}" for line in about}
+    assert chosen == {"large.mp4": "13x64x128", "short.mp4": "5x32x64", "tall.mp4": "9x64x32", "wide.mp4": "13x64x128"}
 
 
 def test_captions_come_from_jsonl_json_or_text_files(clips):

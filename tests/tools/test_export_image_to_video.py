@@ -38,7 +38,7 @@ def student(run) -> Path:
 
 def test_validation_left_its_videos(run):
     names = sorted(path.name for path in (run / "samples" / "step_000002").iterdir())
-    assert names == ["000.mp4", "001.mp4", "002.mp4", "contact_sheet.png"]
+    assert names == ["000_trained.mp4", "001_trained.mp4", "002_trained.mp4", "contact_sheet.png"]
 
 
 def test_the_folder_is_an_image_to_video_pipeline_with_its_encoder_and_card(run, student):

@@ -25,8 +25,8 @@ def command(monkeypatch, capsys):
 
 def test_a_recipe_without_its_weights_is_planned(command, tmp_path):
     file = tmp_path / "deep" / "plan.json"
-    code, out, _ = command("t2v_14b_480p", "parallel.ulysses=8", "--gpus", "8", "--ema", "--json", str(file))
-    assert code == 0 and "32,760 tokens" in out and "generator: Adam moments" in out
+    code, out, _ = command("t2v_14b_480p", "parallel.ulysses=8", "--gpus", "8", "--json", str(file))
+    assert code == 0 and "32,760 tokens" in out and "generator: Adam moments" in out and "EMA of the generator" in out
     found = json.loads(file.read_text())
     assert found["own"]["tokens"] == 32_760
     added = {phase: sum(terms.values()) for phase, terms in found["own"]["phases_bytes"].items()}

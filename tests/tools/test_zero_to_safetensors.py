@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import imageio.v3 as iio
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -31,9 +32,15 @@ def student(run) -> Path:
     return run.parent / "student"
 
 
-def test_the_folder_holds_the_trained_weights(run, student):
-    exported = load_file(student / "transformer" / "diffusion_pytorch_model.safetensors")
-    trained = ZeroWeights(run / "checkpoints" / "step_000002" / "generator")
+@pytest.mark.parametrize("weights", ["ema", "trained"])
+def test_the_folder_holds_the_average_or_if_wanted_the_trained_weights(run, student, weights):
+    checkpoint = run / "checkpoints" / "step_000002"
+    folder = student
+    if weights == "trained":
+        folder = run.parent / "trained"
+        to_diffusers(find_student(run, weights="trained"), folder)
+    exported = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    trained = ZeroWeights(checkpoint / "generator", checkpoint / "ema" if weights == "ema" else None)
     base = load_file(run.parent / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert exported.keys() == base.keys()
     moved = 0
@@ -144,7 +151,8 @@ def test_what_no_stock_scheduler_can_is_said_and_sampled_by_our_own(run, tmp_pat
 
 def test_validation_left_videos_and_a_contact_sheet(run):
     names = sorted(path.name for path in (run / "samples" / "step_000002").iterdir())
-    assert names == ["000.mp4", "001.mp4", "002.mp4", "contact_sheet.png"]
+    assert names == [f"00{place}_{weights}.mp4" for place in range(3) for weights in ("ema", "trained")] + ["contact_sheet.png"]
+    assert iio.imread(run / "samples" / "step_000002" / "contact_sheet.png").shape[1] > 3 * 5 * 32  # teacher, trained, average
 
 
 def test_the_command_prints_the_folder_and_one_line_for_a_mistake(run, tmp_path):
@@ -167,6 +175,18 @@ def test_a_checkpoint_that_lacks_a_rank_is_refused_and_nothing_is_left(run, tmp_
     with pytest.raises(UserError, match="1 rank files of 2"):
         to_diffusers(find_student(broken), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_an_average_has_none_to_give(run, tmp_path):
+    plain = tmp_path / "step_000002"
+    shutil.copytree(run / "checkpoints" / "step_000002", plain)
+    (plain / "ema" / "rank_00001.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="rank_00001.safetensors: not readable as an average"):
+        find_student(plain)
+    shutil.rmtree(plain / "ema")
+    with pytest.raises(UserError, match="trained without generator.ema_decay"):
+        find_student(plain, weights="ema")
+    assert torch.equal(find_student(plain).read("scale_shift_table"), find_student(run, weights="trained").read("scale_shift_table"))
 
 
 def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(run, tmp_path):
