@@ -20,27 +20,15 @@ def test_the_rollout_is_the_sampler_with_a_gradient_at_its_exit_alone(solver, ex
     schedule = few_step_schedule(Sampling(grid="wan", steps=40, shift=30.0, solver=solver))
     assert schedule.told[0] == schedule.told[1]
     before, at_exit = torch.tensor(1.0, requires_grad=True), []
-    draws = Randomness(0)
 
     def noise(k: int) -> torch.Tensor:
-        return draws.normal(f"generator/rollout{k}", 3, [5], SHAPE)
+        return Randomness(0).normal(f"generator/rollout{k}", 3, [5], SHAPE)
 
     def velocity_at_exit(x: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
         at_exit.append(torch.tensor(1.0, requires_grad=True))
         return at_exit[-1] * torch.tanh(x)
 
-    x0 = rollout(
-        velocity=lambda x, sigma_B: before * torch.tanh(x),
-        velocity_at_exit=velocity_at_exit,
-        schedule=schedule,
-        exit_step=exit_step,
-        randomness=draws,
-        purpose="generator",
-        step=3,
-        samples=[5],
-        shape=SHAPE,
-        device=torch.device("cpu"),
-    )
+    x0 = rollout(lambda x, sigma_B: before * torch.tanh(x), velocity_at_exit, noise, schedule, exit_step)
     sampled = few_step_x0(lambda x, sigma_B: torch.tanh(x), noise, schedule, exit_step)
     torch.testing.assert_close(x0, sampled, rtol=0, atol=0)
     x0.sum().backward()
