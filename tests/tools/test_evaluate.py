@@ -1,7 +1,6 @@
 """The comparison of students with their teacher: from folders and from checkpoints, nothing made twice, one line for a mistake."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from dmd_ds.evaluation import Evaluation, Row, lines_of, panels
 from dmd_ds.export import find_student, to_diffusers
 from dmd_ds.generation import VideoModel
 from dmd_ds.source import find_source
+from tests.distributed.launch import assert_fine, run_ranks
 from tools import evaluate
 
 CPU = torch.device("cpu")
@@ -111,15 +111,17 @@ def test_gap_closed_and_diversity_are_relative_to_the_teacher_at_the_same_steps(
     assert curves["frechet"].level == lines["teacher, 50"]["frechet"] == pytest.approx(0, abs=1e-6)
 
 
-def test_videos_for_vbench_are_made_and_found_again(command, run, tmp_path):
-    prompts = tmp_path / "prompts.txt"
+def test_two_ranks_make_videos_for_vbench_and_other_settings_are_refused(command, run, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a red circle\na blue square\n")
-    arguments = (run, "--vbench", prompts, "--samples", 2, "--batch-size", 3, "--out", tmp_path / "videos")
-    code, text, error = command(*arguments)
-    assert code == 0 and "4 videos made, 0 were there" in text, error
-    shutil.rmtree(tmp_path / "videos" / "videos")
-    (tmp_path / "videos" / "videos").mkdir()
-    assert command(*arguments, "--seed", 5)[0] == 2
+    arguments = (run, "--vbench", prompts, "--samples", 2, "--out", out)
+    results = run_ranks(2, "tools/evaluate.py", *map(str, arguments))
+    assert_fine(results)
+    assert "4 videos made, 0 were there" in results[0].stdout
+    names = {path.name for path in (out / "videos").iterdir()}
+    assert names == {f"{prompt}-{i}.mp4" for prompt in ("a red circle", "a blue square") for i in range(2)}
+    code, _, error = command(*arguments, "--seed", 5)
+    assert code == 2 and "holds videos made with other settings" in error
 
 
 @pytest.mark.parametrize(
