@@ -54,6 +54,8 @@ class Optimizer(Section):
 
 class Generator(Optimizer):
     ds_config: str = "ds_configs/generator_zero3.json"
+    lora_rank: Positive | None = Field(None, description="trains a LoRA adapter of this rank instead of all weights; null: all weights")
+    lora_alpha: Annotated[float, Field(gt=0)] = Field(128.0, description="the adapter is scaled by lora_alpha / lora_rank")
 
 
 class FakeScore(Optimizer):

@@ -149,6 +149,23 @@ def build_denoiser(inputs: Inputs, ds_config: dict, sequence: SequenceParallel) 
     return WanDenoiser(transformer, sequence, inputs.recipe.activation_checkpointing)
 
 
+def build_generator(inputs: Inputs, sequence: SequenceParallel) -> WanDenoiser:
+    """Trained whole, or as an adapter over frozen weights.
+
+    A fresh guidance embedding is trained beside the adapter: frozen it would stay without effect. A stored one is a part of the
+    model like any other and is frozen with it.
+    """
+    recipe = inputs.recipe
+    generator = build_denoiser(inputs, inputs.ds_configs["generator"], sequence)
+    if recipe.generator.lora_rank is None:
+        return gather_by_block(generator, WanTransformerBlock)
+    torch.manual_seed(recipe.seed + 1)  # another adapter than the fake score's, alike on all ranks
+    generator.add_adapter(recipe.generator.lora_rank, recipe.generator.lora_alpha)
+    if inputs.guidance_embedding == "fresh":
+        generator.transformer.condition_embedder.guidance_embedder.requires_grad_(True)
+    return generator
+
+
 class Trainer:
     def __init__(self, inputs: Inputs, mesh: Mesh):
         recipe = self.recipe = inputs.recipe
@@ -165,7 +182,8 @@ class Trainer:
         score_model = build_denoiser(inputs, inputs.ds_configs["fake_score"], sequence)
         torch.manual_seed(recipe.seed)  # the adapter's first weights, alike on all ranks
         score_model.add_adapter(recipe.fake_score.lora_rank, recipe.fake_score.lora_alpha)
-        generator = gather_by_block(build_denoiser(inputs, inputs.ds_configs["generator"], sequence), WanTransformerBlock)
+        score_model.weigh_adapter()
+        generator = build_generator(inputs, sequence)
         self.engines = {
             "generator": make_engine(generator, inputs.ds_configs["generator"]),
             "fake_score": make_engine(score_model, inputs.ds_configs["fake_score"]),

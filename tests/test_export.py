@@ -9,7 +9,8 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
 from dmd_ds.errors import UserError
-from dmd_ds.export import find_student, low_rank, to_comfyui, to_lora, to_wan, whole_folder
+from dmd_ds.export import find_student, to_comfyui, to_wan, whole_folder
+from dmd_ds.lora import low_rank, to_lora
 from dmd_ds.recipe import REPOSITORY
 from dmd_ds.wan.original import to_original
 from dmd_ds.wan.weights import stored_tensors

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from dmd_ds.wan.guidance import takes_guidance
 
 TEXT_TOKENS = 512  # Wan2.1 pads its text with zeros to this length, and attends to the padding
-ADAPTER = "fake_score"
+ADAPTER = "default"  # peft's name of it, in a generator as in a score model
 ADAPTER_TARGETS = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)|ffn\.net\.(0\.proj|2))"
 
 
@@ -185,6 +185,9 @@ class WanDenoiser(nn.Module):
         self.transformer.requires_grad_(False)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=ADAPTER_TARGETS)
         inject_adapter_in_model(config, self.transformer, adapter_name=ADAPTER)
+
+    def weigh_adapter(self) -> None:
+        """Makes `adapter_weight_B` an argument of the forward: a score model is two scores, a generator is one model."""
         self.adapter_weight = AdapterWeight(self.transformer)
 
     def forward(

@@ -23,6 +23,7 @@ def adapted():
     """A denoiser whose adapter does something: a fresh one is zero."""
     denoiser = WanDenoiser(make_transformer())
     denoiser.add_adapter(rank=4, alpha=8)
+    denoiser.weigh_adapter()
     for name, parameter in denoiser.named_parameters():
         if f"lora_B.{ADAPTER}" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -124,6 +125,7 @@ def test_the_adapter_covers_the_image_attention_and_scores_stay_apart(inputs, im
     x, sigma, text = inputs
     denoiser = image_denoiser()
     denoiser.add_adapter(rank=4, alpha=8)
+    denoiser.weigh_adapter()
     trainable = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
     assert len(trainable) == 2 * 12 * len(denoiser.transformer.blocks)
     for name, parameter in denoiser.named_parameters():
