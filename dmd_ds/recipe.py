@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from dmd_ds.errors import UserError
 
@@ -96,6 +96,7 @@ class Recipe(Section):
     save_every: Positive = 500
     seed: int = 0
     activation_checkpointing: bool = True
+    activation_offload: bool = Field(False, description="what checkpointing keeps, each block's input, is kept in the host's memory")
     model: Model
     data: Data
     parallel: Parallel = Parallel()
@@ -104,6 +105,13 @@ class Recipe(Section):
     score: Score = Score()
     sampling: Sampling = Sampling()
     validation: Validation = Validation()
+
+    @field_validator("activation_offload")
+    @classmethod
+    def _needs_checkpointing(cls, offload: bool, before: ValidationInfo) -> bool:
+        if offload and not before.data.get("activation_checkpointing", True):
+            raise ValueError("needs activation_checkpointing=true: only what checkpointing keeps is moved")
+        return offload
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------

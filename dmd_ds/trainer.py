@@ -146,7 +146,7 @@ def sharded_transformer(model: Path, config: dict, embedding: GuidanceEmbedding,
 
 def build_denoiser(inputs: Inputs, ds_config: dict, sequence: SequenceParallel) -> WanDenoiser:
     transformer = sharded_transformer(inputs.model, inputs.transformer_config, inputs.guidance_embedding, inputs.recipe.seed, ds_config)
-    return WanDenoiser(transformer, sequence, inputs.recipe.activation_checkpointing)
+    return WanDenoiser(transformer, sequence, inputs.recipe.activation_checkpointing, inputs.recipe.activation_offload)
 
 
 def build_generator(inputs: Inputs, sequence: SequenceParallel) -> WanDenoiser:

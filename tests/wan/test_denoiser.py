@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from dmd_ds.wan.denoiser import ADAPTER, TEXT_TOKENS, ImageCondition, WanDenoiser
 from tests.mini import IMAGE_EMBEDS_SHAPE, IMAGE_TRANSFORMER, LATENTS_SHAPE, TEXT_WIDTH, make_transformer
@@ -79,6 +80,30 @@ def test_recomputation_sees_the_adapter_weight_of_its_own_call(inputs, adapted):
 
     for kept, recomputed in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(recomputed, kept, atol=0, rtol=0)
+
+
+def test_offload_moves_each_blocks_input_and_changes_no_gradient(inputs, monkeypatch):
+    x, sigma, text = inputs
+    moved = []
+
+    def recording(pin_memory):
+        def pack(tensor):
+            moved.append(tuple(tensor.shape))
+            return to_host.pack_hook(tensor)
+
+        to_host = save_on_cpu(pin_memory)
+        return saved_tensors_hooks(pack, to_host.unpack_hook)
+
+    monkeypatch.setattr("dmd_ds.wan.denoiser.save_on_cpu", recording)
+    gradients = []
+    for offload in (False, True):
+        denoiser = WanDenoiser(make_transformer(), activation_checkpointing=True, activation_offload=offload)
+        denoiser(x, sigma, text).square().mean().backward()
+        gradients.append([parameter.grad for parameter in denoiser.parameters()])
+    tokens, width = 2 * 2 * 2, 24
+    assert moved.count((3, tokens, width)) == len(denoiser.transformer.blocks)
+    for there, here in zip(*gradients, strict=True):
+        torch.testing.assert_close(there, here, atol=0, rtol=0)
 
 
 @pytest.fixture
