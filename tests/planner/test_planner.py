@@ -167,11 +167,11 @@ def test_every_setting_is_said_as_the_recipe_takes_it():
     def setup_from(keys: list[str]) -> Setup:
         recipe = load_recipe("t2v_14b_720p", keys)
         configs = {name: json.loads((REPOSITORY / getattr(recipe, name).ds_config).read_text()) for name in ("generator", "fake_score")}
-        return setup_of(recipe, PUBLISHED["14b"], HD, 4, configs)
+        return setup_of(recipe, PUBLISHED["14b"], HD, 8, configs)
 
-    machine = Machine(gpus_per_node=4)
-    tried = list(candidates(setup_from([]), machine))
-    assert len(tried) == len(set(tried)) > 100
+    machine = Machine()
+    tried = [one for one in candidates(setup_from([]), machine) if one.a_sample in (1, 8)]  # 5 splits
+    assert len(tried) == len(set(tried)) == 5 * 3 * 3 * 2
     assert all(setup_from(plan(one, machine).keys()) == one for one in tried)
 
 
@@ -183,7 +183,9 @@ def test_what_lies_on_the_host_is_not_on_the_gpu_and_takes_time():
         {"generator_zero": dataclasses.replace(ZERO, offload_optimizer=True)},
     ):
         moved = dataclasses.replace(WHOLE, **change)
-        assert memory(moved).peak < memory(WHOLE).peak and seconds(moved, Machine()).offload > seconds(WHOLE, Machine()).offload == 0
+        before, after = memory(WHOLE), memory(moved)
+        assert sum(map(after.of, after.phases)) < sum(map(before.of, before.phases))
+        assert seconds(moved, Machine()).offload > seconds(WHOLE, Machine()).offload == 0
 
 
 def test_bf16_states_take_eight_bytes_a_weight():
