@@ -14,6 +14,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from safetensors import SafetensorError
 
 from dmd_ds import checkpoint
 from dmd_ds.checkpoint import ZeroWeights
@@ -151,8 +152,13 @@ def whole_folder(out: Path) -> Iterator[Path]:
         unfinished.mkdir(parents=True)
         yield unfinished
         unfinished.rename(out)
+    except shutil.Error as error:  # of copying several files, of which the first that failed is told
+        _, copy, reason = error.args[0][0]
+        raise UserError(f"{out}: {Path(copy).name} cannot be written: {reason}") from error
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}") from error
+    except SafetensorError as error:  # of the parts that diffusers writes
+        raise UserError(f"{out}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -9,11 +9,11 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from dmd_ds.export import ADAPTED, Student, model_card, whole_folder
 from dmd_ds.wan.guidance import FOLDED_INTO, has_guidance_embedding
 from dmd_ds.wan.original import to_original
+from dmd_ds.wan.tensors import Spec, write_safetensors
 
 EXACT_SVD = 2048  # matrices with a side up to this are decomposed exactly, larger ones at random (Halko et al. 2011)
 
@@ -77,7 +77,8 @@ def write_lora(student: Student, out: Path, rank: int, tensors: dict[str, torch.
         f"into ComfyUI/models/loras.\n{left}"
     )
     with whole_folder(out) as folder:
-        save_file(tensors, folder / f"{out.name}.safetensors", metadata={"format": "pt"})
+        specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        write_safetensors(folder / f"{out.name}.safetensors", specs, iter(tensors.values()))
         (folder / "README.md").write_text(model_card(student, use))
 
 

@@ -157,6 +157,12 @@ def test_the_command_takes_no_rank_for_an_adapter_and_writes_it(recipe, tmp_path
     assert capsys.readouterr().out == f"{tmp_path / 'out'}\n" and (tmp_path / "out" / "out.safetensors").is_file()
 
 
+def test_a_disk_that_fills_leaves_no_half_of_an_adapter(world, tmp_path, full_disk):
+    with full_disk(), pytest.raises(UserError, match="out: cannot be written: File too large"):
+        to_own_lora(find_student(Path(world["stock"].output_dir)), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_adapter_over_another_base_is_refused_with_both_shapes(world, tmp_path):
     make_pipeline(tmp_path / "narrow")
     make_transformer(config={**TRANSFORMER, "ffn_dim": 40}).save_pretrained(tmp_path / "narrow" / "transformer")
