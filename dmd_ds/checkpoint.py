@@ -163,7 +163,7 @@ def load(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine], ema: Shard
 
 
 class ZeroWeights:
-    """The fp32 weights of an engine's ZeRO-3 files, of any number of ranks, whole and one at a time.
+    """The master weights of an engine's ZeRO-3 files, of any number of ranks, whole and one at a time.
 
     Each rank's file holds flat buffers, memory-mapped here, with its part of every trained parameter, one after the other:
     a parameter of n elements on R ranks takes ceil(n / R) elements of each. Nothing but tensors and plain values is
@@ -221,4 +221,4 @@ class ZeroWeights:
         group, offset, part = self.places[name]
         shape = self.shapes[name]
         pieces = [flat[group][offset : offset + part].detach() for flat in self.flat]
-        return torch.cat(pieces)[: torch.Size(shape).numel()].view(shape)
+        return torch.cat(pieces)[: torch.Size(shape).numel()].view(shape).float()

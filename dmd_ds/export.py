@@ -1,4 +1,4 @@
-"""A trained generator in the formats that others load: diffusers, original Wan2.1, ComfyUI, LoRA.
+"""A trained generator in the formats that others load: diffusers, original Wan2.1, ComfyUI; `dmd_ds.lora` makes LoRA files.
 
 From a ZeRO-3 checkpoint of any number of ranks, one tensor at a time. Each makes a folder with a model card in it, under
 its final name only when it is whole.
@@ -7,7 +7,6 @@ its final name only when it is whole.
 import contextlib
 import dataclasses
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Literal
 
 import diffusers
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from dmd_ds import checkpoint
 from dmd_ds.checkpoint import ZeroWeights
@@ -25,6 +24,7 @@ from dmd_ds.generation import SETTINGS_FILE, Settings, write_settings
 from dmd_ds.recipe import Recipe, Sampling, load_recipe
 from dmd_ds.sampler import few_step_schedule, few_step_scheduler, nearest_stock, timesteps_apart
 from dmd_ds.wan.autoencoder import load_autoencoder
+from dmd_ds.wan.denoiser import ADAPTER, ADAPTER_TARGETS
 from dmd_ds.wan.guidance import FOLDED_INTO, folded_bias, has_guidance_embedding
 from dmd_ds.wan.image import load_image_encoder
 from dmd_ds.wan.original import GUIDANCE, original_config, to_original
@@ -34,13 +34,21 @@ from dmd_ds.wan.text import load_text_encoder
 from dmd_ds.wan.weights import find_model, takes_image, transformer_config, transformer_tensors
 
 PREFIX = "transformer."  # WanDenoiser's name for the diffusers model
-ADAPTED = re.compile(r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0|add_[kv]_proj)|ffn\.net\.(0\.proj|2))\.(weight|bias)")
-EXACT_SVD = 2048  # matrices with a side up to this are decomposed exactly, larger ones at random (Halko et al. 2011)
+ADAPTED = re.compile(rf"({ADAPTER_TARGETS})\.(weight|bias)")
+
+
+def adapter_names(name: str) -> tuple[str, str]:
+    """What the two matrices A and B of the adapter over this one are called in a checkpoint."""
+    module = f"{PREFIX}{name.removesuffix('.weight')}"
+    return f"{module}.lora_A.{ADAPTER}.weight", f"{module}.lora_B.{ADAPTER}.weight"
 
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A checkpoint's generator and what it was trained from; tensors go by diffusers' names."""
+    """A checkpoint's generator and what it was trained from; tensors go by diffusers' names.
+
+    A generator that was trained as LoRA is its base with the adapter merged in: W + alpha / rank B A.
+    """
 
     recipe: Recipe
     state: dict
@@ -51,7 +59,8 @@ class Student:
 
     @property
     def names(self) -> list[str]:
-        names = [name.removeprefix(PREFIX) for name in self.weights.shapes]
+        trained = [name.removeprefix(PREFIX) for name in self.weights.shapes if f".{ADAPTER}." not in name]
+        names = list(dict.fromkeys([*trained, *self.base_tensors]))
         return names if self.guidance is None else [name for name in names if not name.startswith(GUIDANCE)]
 
     @property
@@ -61,8 +70,19 @@ class Student:
     @property
     def specs(self) -> dict[str, Spec]:
         """Its tensors, stored in the types of the base model's; a fresh guidance embedding in that of the time embedding."""
-        shapes, like = self.weights.shapes, self.base_tensors[FOLDED_INTO]
-        return {name: Spec(shapes[PREFIX + name], self.base_tensors.get(name, like).dtype) for name in self.names}
+        base, like = self.base_tensors, self.base_tensors[FOLDED_INTO]
+        shapes = {name: tensor.shape for name, tensor in base.items()}
+        return {name: Spec(shapes.get(name) or self.weights.shapes[PREFIX + name], base.get(name, like).dtype) for name in self.names}
+
+    @property
+    def adapted(self) -> list[str]:
+        """The matrices that an adapter lies over; none where all weights were trained."""
+        return [name for name in self.base_tensors if adapter_names(name)[0] in self.weights.shapes]
+
+    def read_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A `[r, in]`, B `[out, r]`) over the matrix of this name, fp32 as trained."""
+        A, B = adapter_names(name)
+        return self.weights.read(A), self.weights.read(B)
 
     def folded(self, guidance: float | None = None) -> "Student":
         """The stock Wan2.1 that this student is at one guidance, by default the one it was trained at; itself without an embedding."""
@@ -77,8 +97,18 @@ class Student:
 
     def read(self, name: str) -> torch.Tensor:
         if name == FOLDED_INTO and self.guidance is not None:
-            return folded_bias(lambda name: self.weights.read(PREFIX + name), self.guidance)
-        return self.weights.read(PREFIX + name)
+            return folded_bias(self.read_trained, self.guidance)
+        return self.read_trained(name)
+
+    def read_trained(self, name: str) -> torch.Tensor:
+        """The tensor with what training made of it and no guidance folded in, fp32."""
+        if PREFIX + name in self.weights.shapes:
+            return self.weights.read(PREFIX + name)
+        weight = self.base_tensors[name].read().float()
+        if adapter_names(name)[0] in self.weights.shapes:
+            A, B = self.read_adapter(name)
+            weight += self.recipe.generator.lora_alpha / len(A) * (B @ A)
+        return weight
 
     def read_base(self, name: str) -> torch.Tensor:
         """The base's tensor, with the same guidance folded into it."""
@@ -100,12 +130,26 @@ def find_student(source: Path, model: str | None = None, weights: Literal["ema",
     recipe = load_recipe(str(folder / checkpoint.RECIPE))
     base = find_model(model or recipe.model.path)
     found, base_tensors = ZeroWeights(folder / "generator", average if averaged else None), transformer_tensors(base)
-    strange = base_tensors.keys() ^ {name.removeprefix(PREFIX) for name in found.shapes}
-    if not has_guidance_embedding(base_tensors):
-        strange = {name for name in strange if not name.startswith(GUIDANCE)}
-    if strange:
-        raise UserError(f"{folder / 'generator'}: its tensors are not those of {base}; {min(strange)} is in one of them only")
+    check_fits(folder / "generator", found, base, base_tensors, recipe)
     return Student(recipe, checkpoint.read_state(folder), base, base_tensors, found)
+
+
+def check_fits(folder: Path, weights: ZeroWeights, base: Path, base_tensors: dict[str, Stored], recipe: Recipe) -> None:
+    """`UserError` unless the checkpoint holds what the recipe trains over this base, and a fresh guidance embedding or none."""
+    expected = {PREFIX + name: tensor.shape for name, tensor in base_tensors.items()}
+    rank = recipe.generator.lora_rank
+    if rank is not None:
+        matrices = {name: tensor.shape for name, tensor in base_tensors.items() if ADAPTED.fullmatch(name) and len(tensor.shape) == 2}
+        pairs = {name: ((rank, columns), (rows, rank)) for name, (rows, columns) in matrices.items()}
+        expected = {key: shape for name, pair in pairs.items() for key, shape in zip(adapter_names(name), pair, strict=True)}
+    strange = expected.keys() ^ weights.shapes.keys()
+    if not has_guidance_embedding(base_tensors):
+        strange = {name for name in strange if not name.startswith(PREFIX + GUIDANCE)}
+    if strange:
+        raise UserError(f"{folder}: its tensors are not those of {base}; {min(strange)} is in one of them only")
+    for name, shape in expected.items():
+        if weights.shapes[name] != shape:
+            raise UserError(f"{folder}: {name} is {list(weights.shapes[name])}, over {base} it would be {list(shape)}")
 
 
 @contextlib.contextmanager
@@ -119,8 +163,13 @@ def whole_folder(out: Path) -> Iterator[Path]:
         unfinished.mkdir(parents=True)
         yield unfinished
         unfinished.rename(out)
+    except shutil.Error as error:  # of copying several files, of which the first that failed is told
+        _, copy, reason = error.args[0][0]
+        raise UserError(f"{out}: {Path(copy).name} cannot be written: {reason}") from error
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}") from error
+    except SafetensorError as error:  # of the parts that diffusers writes
+        raise UserError(f"{out}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -236,58 +285,3 @@ def to_comfyui(student: Student, out: Path) -> None:
         specs = {new: student.specs[name] for new, name in names.items()}
         write_safetensors(folder / f"{out.name}.safetensors", specs, (student.read(name) for name in names.values()))
         (folder / "README.md").write_text(model_card(student, f"Put {out.name}.safetensors into ComfyUI/models/diffusion_models."))
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraError:
-    """What a LoRA leaves of the difference to the base: shares of its norm, 0 is nothing."""
-
-    matrices: float  # of the adapted matrices, for want of rank
-    rest: float  # of all weights, because a LoRA does not reach them
-
-
-def low_rank(delta_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A `[r, in]`, B `[out, r]`), the best B A of this rank for a matrix `[out, in]`."""
-    if min(delta_OI.shape) <= EXACT_SVD:
-        U, S, Vh = torch.linalg.svd(delta_OI, full_matrices=False)
-    else:
-        U, S, V = torch.svd_lowrank(delta_OI, q=rank + 16, niter=6)
-        Vh = V.T
-    root = S[:rank].sqrt()
-    return root[:, None] * Vh[:rank], U[:, :rank] * root
-
-
-def to_lora(student: Student, out: Path, rank: int = 64) -> LoraError:
-    """The difference to the base as a LoRA for diffusers' `load_lora_weights` and ComfyUI, by singular values.
-
-    Guidance embeddings are folded, the student's and the base's.
-    """
-    student = student.folded()
-    tensors: dict[str, torch.Tensor] = {}
-    of_matrices = missed = unreached = 0.0
-    for name, spec in student.specs.items():
-        delta = student.read(name) - student.read_base(name)
-        if not ADAPTED.fullmatch(name):
-            unreached += float(delta.square().sum())
-            continue
-        module, _, kind = to_original(name).rpartition(".")
-        key = f"diffusion_model.{module}"
-        if kind == "bias":
-            tensors[f"{key}.diff_b"] = delta.to(spec.dtype)
-            continue
-        A, B = low_rank(delta, rank)
-        of_matrices += float(delta.square().sum())
-        missed += float((delta - B @ A).square().sum())
-        tensors[f"{key}.lora_A.weight"] = A.to(spec.dtype).contiguous()
-        tensors[f"{key}.lora_B.weight"] = B.to(spec.dtype).contiguous()
-        tensors[f"{key}.alpha"] = torch.tensor(float(len(A)))
-    error = LoraError(math.sqrt(missed / of_matrices), math.sqrt(unreached / (of_matrices + unreached)))
-    with whole_folder(out) as folder:
-        save_file(tensors, folder / f"{out.name}.safetensors", metadata={"format": "pt"})
-        use = (
-            f"A LoRA of rank {rank} on {student.recipe.model.path}: `pipeline.load_lora_weights(FOLDER)`, or put it into "
-            f"ComfyUI/models/loras.\nIt leaves {error.matrices:.1%} of the norm of what training changed in the matrices; "
-            f"{error.rest:.1%} of all that changed lies outside."
-        )
-        (folder / "README.md").write_text(model_card(student, use))
-    return error

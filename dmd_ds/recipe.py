@@ -65,6 +65,8 @@ class Optimizer(Section):
 
 class Generator(Optimizer):
     ds_config: str = "ds_configs/generator_zero3.json"
+    lora_rank: Positive | None = Field(None, description="trains a LoRA adapter of this rank instead of all weights; null: all weights")
+    lora_alpha: Annotated[float, Field(gt=0)] = Field(128.0, description="the adapter is scaled by lora_alpha / lora_rank")
     ema_decay: Rate | None = Field(None, description="of a moving average of its weights, an update; the average is then the student")
 
 
@@ -187,6 +189,7 @@ class Recipe(Section):
     keep_checkpoints: Positive | None = Field(None, description="the newest so many stay, and the best; null: all")
     seed: int = 0
     activation_checkpointing: bool = True
+    activation_offload: bool = Field(False, description="what checkpointing keeps, each block's input, is kept in the host's memory")
     model: Model
     data: Data
     parallel: Parallel = Parallel()
@@ -197,6 +200,13 @@ class Recipe(Section):
     rollout: Rollout = Rollout()
     sampling: Sampling = Sampling()
     validation: Validation = Validation()
+
+    @field_validator("activation_offload")
+    @classmethod
+    def _needs_checkpointing(cls, offload: bool, before: ValidationInfo) -> bool:
+        if offload and not before.data.get("activation_checkpointing", True):
+            raise ValueError("needs activation_checkpointing=true: only what checkpointing keeps is moved")
+        return offload
 
     @property
     def uses_latents(self) -> bool:

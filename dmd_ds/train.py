@@ -13,9 +13,10 @@ import os
 import torch
 
 from dmd_ds.errors import one_line_errors
+from dmd_ds.inputs import check_inputs
 from dmd_ds.parallel.mesh import joined
 from dmd_ds.recipe import load_recipe, shipped_recipes
-from dmd_ds.trainer import Trainer, check_inputs
+from dmd_ds.trainer import Trainer
 
 
 def parse() -> argparse.Namespace:

@@ -1,205 +1,26 @@
 """The one loop: batch -> generator step when due -> fake-score step -> log -> validate -> save."""
 
-import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
-from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from dmd_ds import checkpoint
-from dmd_ds.data.latents import BatchOrder, LatentsDataset, SizedOrder, pad_embeds
-from dmd_ds.data.video import VideoSize
+from dmd_ds.build import build_generator, build_score_model
+from dmd_ds.data.latents import BatchOrder, SizedOrder, pad_embeds
 from dmd_ds.distill.dmd2 import Batch, DMD2Engine
 from dmd_ds.errors import UserError
+from dmd_ds.inputs import Inputs
 from dmd_ds.monitor import Monitor
 from dmd_ds.parallel.attention import SequenceParallel
-from dmd_ds.parallel.ema import ShardedEMA, check_in_memory
-from dmd_ds.parallel.engine import complete_ds_config, gather_by_block, make_engine, read_ds_config, shard, sharded_build, training_dtype
-from dmd_ds.parallel.mesh import Mesh, check_degrees, world_size
+from dmd_ds.parallel.ema import ShardedEMA
+from dmd_ds.parallel.engine import make_engine, training_dtype
+from dmd_ds.parallel.mesh import Mesh
 from dmd_ds.randomness import Randomness
-from dmd_ds.recipe import Optimizer, Recipe, dump_recipe
-from dmd_ds.sampler import few_step_schedule
-from dmd_ds.validation import Validation, check_validation
-from dmd_ds.wan.autoencoder import latents_shape
-from dmd_ds.wan.denoiser import WanDenoiser
-from dmd_ds.wan.discriminator import HEADS, ScoreModel, default_taps
-from dmd_ds.wan.guidance import add_guidance_embedding, fresh_weights, has_guidance_embedding
+from dmd_ds.recipe import dump_recipe
+from dmd_ds.validation import Validation
 from dmd_ds.wan.image import condition_of
 from dmd_ds.wan.text import padded_tokens
-from dmd_ds.wan.weights import (
-    empty_transformer,
-    find_model,
-    load_weights,
-    renew_buffers,
-    takes_image,
-    transformer_config,
-    transformer_tensors,
-)
-
-GuidanceEmbedding = Literal["none", "stored", "fresh"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What a recipe names on disk, found and checked before any engine is built."""
-
-    recipe: Recipe
-    model: Path
-    dataset: LatentsDataset
-    latents_shapes: list[tuple[int, int, int, int]]  # [C, T, H, W] of the steps' samples
-    shown_shape: tuple[int, int, int, int]  # of what validation makes: the recipe's first size, or the dataset's most common
-    video: dict[str, float]  # its frames, height, width and fps
-    transformer_config: dict
-    guidance_embedding: GuidanceEmbedding
-    ds_configs: dict[str, dict]
-    resume_from: Path | None
-    first_step: int
-
-    @property
-    def embedded_guidance(self) -> float | None:
-        """What the models are told, where they can be told."""
-        return None if self.guidance_embedding == "none" else self.recipe.score.guidance
-
-    @property
-    def two_pass_guidance(self) -> float:
-        """A fresh embedding tells the real score nothing yet, so its guidance takes two passes still."""
-        return 1.0 if self.guidance_embedding == "stored" else self.recipe.score.guidance
-
-    def ranks(self) -> str:
-        ulysses, ring = self.recipe.parallel.ulysses, self.recipe.parallel.ring
-        a_sample = ulysses * ring
-        if a_sample == 1:
-            return f"{world_size()} ranks"
-        return f"{world_size()} ranks = data {world_size() // a_sample} x ulysses {ulysses} x ring {ring}; data {world_size() // a_sample}"
-
-    def summary(self) -> str:
-        config, recipe = self.transformer_config, self.recipe
-        shapes = ", ".join("x".join(map(str, shape)) for shape in self.latents_shapes)
-        sigmas = " ".join(f"{sigma:.3f}" for sigma in few_step_schedule(recipe.sampling).sigmas)
-        accumulated = f" x accumulation {recipe.data.accumulation}" if recipe.data.accumulation > 1 else ""
-        return (
-            f"model {self.model}: {'image' if takes_image(config) else 'text'} to video, {config['num_layers']} layers, "
-            f"{config['num_attention_heads']} heads of {config['attention_head_dim']}"
-            f"{'' if self.guidance_embedding == 'none' else f', {self.guidance_embedding} guidance embedding'}\n"
-            f"data {self.dataset.folder}: {len(self.dataset)} samples, latents {shapes}\n"
-            f"{self.ranks()} x batch {recipe.data.batch_size}{accumulated}; steps {self.first_step} to {recipe.max_steps}, "
-            f"a generator update every {recipe.fake_score.updates_per_generator_update}; sigmas {sigmas}, {recipe.sampling.solver}"
-        )
-
-
-def check_inputs(recipe: Recipe) -> Inputs:
-    """Finds everything the recipe names; `UserError` for what is missing or does not fit together."""
-    if recipe.score.sigma_min >= recipe.score.sigma_max:
-        raise UserError(f"score.sigma_min={recipe.score.sigma_min} is not below score.sigma_max={recipe.score.sigma_max}")
-    second = float(few_step_schedule(recipe.sampling).sigmas[1])
-    if recipe.score.above_exit and recipe.rollout.exit == "random" and second > recipe.score.sigma_max:
-        raise UserError(
-            f"score.sigma_max={recipe.score.sigma_max} is below {second:.3f}, the second noise level of sampling, from which on "
-            "score.above_exit draws; raise it or let the second level be lower"
-        )
-    model = find_model(recipe.model.path)
-    config = transformer_config(model)
-    stored = has_guidance_embedding(transformer_tensors(model))
-    guidance_embedding = "stored" if stored else "fresh" if recipe.model.guidance_embedding else "none"
-    check_degrees(recipe.parallel, config["num_attention_heads"])
-    check_gan(recipe, config["num_layers"])
-    dataset = LatentsDataset(recipe.data.path)
-    sizes = [VideoSize.parse(size) for size in recipe.data.sizes or ()]
-    if sizes and (recipe.uses_latents or takes_image(config)):
-        raise UserError(f"data.sizes={recipe.data.sizes}: a GAN, data mode and images need the dataset's own; encode the clips at these")
-    latents_shapes = [latents_shape(size, config, f"data.sizes={size}: ") for size in sizes] or list(dataset.buckets())
-    shown_shape = latents_shapes[0] if sizes else dataset.main_shape
-    video = dataset.video | (sizes[0]._asdict() if sizes else {})
-    for shape in latents_shapes:
-        if shape[0] != config["out_channels"]:
-            raise UserError(f"data.path={recipe.data.path}: latents of {shape[0]} channels, model.path takes {config['out_channels']}")
-        for size, patch in zip(shape[1:], config["patch_size"], strict=True):
-            if size % patch:
-                patches = config["patch_size"]
-                raise UserError(f"data.path={recipe.data.path}: latents {list(shape[1:])} do not divide into patches {patches}")
-    text_width = dataset.negative_embeds_LD.shape[1]
-    if text_width != config["text_dim"]:
-        raise UserError(f"data.path={recipe.data.path}: text of width {text_width}, model.path takes {config['text_dim']}")
-    check_images(recipe, dataset, config)
-    sections: dict[str, Optimizer] = {"generator": recipe.generator, "fake_score": recipe.fake_score}
-    ds_configs = {
-        name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data)
-        for name, section in sections.items()
-    }
-    if recipe.validation.every:
-        check_validation(recipe, model)
-    if recipe.generator.ema_decay:
-        check_in_memory("generator.ema_decay", ds_configs["generator"])
-    resume_from = checkpoint.latest(Path(recipe.output_dir))
-    first_step = 0
-    if resume_from:
-        checkpoint.check_same_recipe(resume_from, recipe)
-        first_step = checkpoint.resumed_step(resume_from, world_size())
-    return Inputs(recipe, model, dataset, latents_shapes, shown_shape, video, config, guidance_embedding, ds_configs, resume_from, first_step)
-
-
-def check_gan(recipe: Recipe, layers: int) -> None:
-    if recipe.gan.sigma_min >= recipe.gan.sigma_max:
-        raise UserError(f"gan.sigma_min={recipe.gan.sigma_min} is not below gan.sigma_max={recipe.gan.sigma_max}")
-    for number in recipe.gan.blocks or ():
-        if number >= layers:
-            raise UserError(f"gan.blocks={recipe.gan.blocks}: there is no block {number}, model.path has {layers}, numbered from 0")
-
-
-def check_images(recipe: Recipe, dataset: LatentsDataset, config: dict) -> None:
-    """Images in the data and a model that takes them, or neither."""
-    data, model = f"data.path={recipe.data.path}", f"model.path={recipe.model.path}"
-    if dataset.image_embeds_shape is None:
-        if takes_image(config):
-            raise UserError(f"{data}: made for text to video, {model} takes images too; encode the clips with that model")
-        return
-    if not takes_image(config):
-        raise UserError(f"{data}: made for image to video, {model} takes text alone; encode the clips with that model")
-    width = dataset.image_embeds_shape[1]
-    if width != config["image_dim"]:
-        raise UserError(f"{data}: images of width {width}, {model} takes {config['image_dim']}")
-
-
-def sharded_transformer(model: Path, config: dict, embedding: GuidanceEmbedding, seed: int, ds_config: dict) -> WanTransformer3DModel:
-    """The model's transformer, sharded over the ranks and loaded a tensor at a time; `seed`: of a fresh guidance embedding."""
-
-    def build() -> WanTransformer3DModel:
-        transformer = empty_transformer(config)
-        return transformer if embedding == "none" else add_guidance_embedding(transformer)
-
-    transformer = sharded_build(ds_config, build)
-    renew_buffers(transformer)
-    shapes = {name: parameter.ds_shape for name, parameter in transformer.named_parameters()}
-    load_weights(transformer, model, shard, fresh_weights(shapes, seed) if embedding == "fresh" else {})
-    return transformer
-
-
-def build_transformer(inputs: Inputs, engine: str) -> WanTransformer3DModel:
-    ds_config = inputs.ds_configs[engine]
-    return sharded_transformer(inputs.model, inputs.transformer_config, inputs.guidance_embedding, inputs.recipe.seed, ds_config)
-
-
-def build_generator(inputs: Inputs, sequence: SequenceParallel) -> WanDenoiser:
-    generator = WanDenoiser(build_transformer(inputs, "generator"), sequence, inputs.recipe.activation_checkpointing)
-    return gather_by_block(generator, WanTransformerBlock)
-
-
-def build_score_model(inputs: Inputs, sequence: SequenceParallel) -> ScoreModel:
-    recipe = inputs.recipe
-    transformer = build_transformer(inputs, "fake_score")
-    taps, head = (), None
-    if recipe.gan.is_on:
-        torch.manual_seed(recipe.seed)  # the head's first weights, alike on all ranks
-        taps = recipe.gan.blocks or default_taps(len(transformer.blocks))
-        config = transformer.config
-        head = HEADS[recipe.gan.head](len(taps), config.num_attention_heads * config.attention_head_dim, recipe.gan.width)
-    score_model = ScoreModel(transformer, sequence, recipe.activation_checkpointing, sorted(taps), head)
-    torch.manual_seed(recipe.seed)  # the adapter's first weights, likewise
-    score_model.add_adapter(recipe.fake_score.lora_rank, recipe.fake_score.lora_alpha)
-    return score_model
 
 
 class Trainer:

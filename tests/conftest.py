@@ -1,3 +1,5 @@
+import contextlib
+import resource
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,22 @@ def run(tmp_path_factory) -> Path:
     recipe = make_recipe(tmp_path_factory.mktemp("export"), max_steps=2, **changes)
     train(recipe, ranks=2)
     return Path(recipe.output_dir)
+
+
+@pytest.fixture
+def full_disk():
+    """While it is entered no file grows beyond 50,000 bytes: the kernel refuses what is more, as it does on a full disk."""
+
+    @contextlib.contextmanager
+    def filled():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return filled
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
 from dmd_ds.errors import UserError
-from dmd_ds.export import find_student, low_rank, to_comfyui, to_lora, to_wan, whole_folder
+from dmd_ds.export import find_student, to_comfyui, to_diffusers, to_wan, whole_folder
+from dmd_ds.lora import low_rank, to_lora
 from dmd_ds.recipe import REPOSITORY
 from dmd_ds.wan.original import to_original
 from dmd_ds.wan.weights import stored_tensors
@@ -98,6 +99,13 @@ def test_a_folder_that_cannot_be_filled_is_not_there(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="exists already"), whole_folder(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("export", [to_diffusers, to_wan, to_comfyui, to_lora])
+def test_a_disk_that_fills_is_one_line_and_nothing_is_left(student, tmp_path, full_disk, export):
+    with full_disk(), pytest.raises(UserError, match=r"out: .*cannot be written: .*File too large"):
+        export(student, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_makes_every_format(run, tmp_path):

@@ -35,6 +35,7 @@ def test_overrides_reach_nested_keys_and_read_numbers_as_people_write_them():
         ("max_steps=1.5", "max_steps=1.5: input should be a valid integer"),
         ("generator=3", "generator=3: input should be a valid dictionary"),
         ("seed.deep=3", "seed is a value, not a section"),
+        ("generator.lora_rank=0", "generator.lora_rank=0: input should be greater than or equal to 1"),
         ("max_steps", "'max_steps' is not of the form key=value"),
         ("sampling.timesteps=[1000, 800]", "sampling.timesteps=[1000, 800]: are 2, but steps=4; leave steps out or let it be that"),
         ("sampling.timesteps=[1000, 900, 900, 20]", "sampling.timesteps=[1000, 900, 900, 20]: must fall, but 900 follows 900"),
@@ -50,6 +51,12 @@ def test_a_wrong_override_is_one_line_that_names_the_key(override, message):
     with pytest.raises(UserError) as error:
         load_recipe("tiny", [override])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_activations_are_offloaded_only_where_they_are_checkpointed():
+    assert load_recipe("tiny", ["activation_offload=true"]).activation_offload
+    with pytest.raises(UserError, match="activation_offload=True: .*needs activation_checkpointing=true"):
+        load_recipe("tiny", ["activation_offload=true", "activation_checkpointing=false"])
 
 
 def test_a_recipe_that_does_not_exist_names_the_nearest():

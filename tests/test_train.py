@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dmd_ds.errors import UserError
+from dmd_ds.inputs import check_inputs
 from dmd_ds.recipe import PACKAGE, REPOSITORY, dump_recipe
-from dmd_ds.trainer import check_inputs
 from tests.mini import IMAGE_EMBEDS_SHAPE, make_dataset, make_recipe
 
 

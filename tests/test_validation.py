@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from dmd_ds import checkpoint
 from dmd_ds.data import moving_shapes
 from dmd_ds.errors import UserError
-from dmd_ds.trainer import check_inputs
+from dmd_ds.inputs import check_inputs
 from tests.distributed.launch import train
 from tests.mini import make_dataset, make_recipe
 

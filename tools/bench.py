@@ -28,13 +28,13 @@ import torch
 import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 
+from dmd_ds.build import sharded_transformer
 from dmd_ds.errors import UserError, one_line_errors
 from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.engine import complete_ds_config, read_ds_config
 from dmd_ds.parallel.mesh import joined
 from dmd_ds.planner.sizes import PUBLISHED, ModelSize
 from dmd_ds.recipe import Data, Generator, Parallel
-from dmd_ds.trainer import sharded_transformer
 from dmd_ds.wan.denoiser import WanDenoiser
 from dmd_ds.wan.tensors import Spec, save_weights
 from dmd_ds.wan.weights import transformer_config

@@ -4,6 +4,7 @@ Two rules of use, both measured: a forward that is not followed by this engine's
 (a foreign backward through `engine` corrupts its next step), and every rank makes the same number of forwards.
 """
 
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -25,7 +26,21 @@ def read_ds_config(key: str, path: str) -> dict[str, Any]:
         raise UserError(f"{file}: zero_optimization.stage={stage!r}; this project shards weights, which is stage 3")
     if config.get("fp16", {}).get("enabled"):
         raise UserError(f"{file}: fp16 is enabled; this project trains in bf16 on accelerators and fp32 on the CPU")
+    check_offload(file, config["zero_optimization"])
     return config
+
+
+def check_offload(file: Path, zero: dict[str, Any]) -> None:
+    """`UserError` for an offload that this machine, or this project, cannot do."""
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        raise UserError(f"{file}: offload_param.device='nvme'; weights are loaded into memory, the host's at the furthest: 'cpu'")
+    optimizer = zero.get("offload_optimizer", {})
+    if optimizer.get("device") != "nvme":
+        return
+    if "nvme_path" not in optimizer:
+        raise UserError(f"{file}: offload_optimizer.device='nvme' needs a nvme_path beside it, a folder on that disk")
+    if not get_accelerator().get_op_builder("AsyncIOBuilder")().is_compatible():
+        raise UserError(f"{file}: offload_optimizer.device='nvme' needs DeepSpeed's async_io, which cannot be built: install libaio-dev")
 
 
 def training_dtype() -> torch.dtype:
@@ -43,7 +58,7 @@ def complete_ds_config(config: dict[str, Any], optimizer: Optimizer, data: Data)
     }
     return {
         **config,
-        "bf16": {**config.get("bf16", {}), "enabled": training_dtype() == torch.bfloat16},
+        "bf16": {**config.get("bf16", {}), "enabled": True} if training_dtype() == torch.bfloat16 else {"enabled": False},
         "optimizer": {**config.get("optimizer", {"type": "AdamW"}), "params": parameters},
         "train_micro_batch_size_per_gpu": data.batch_size,
         "gradient_accumulation_steps": data.accumulation,

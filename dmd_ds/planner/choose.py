@@ -21,11 +21,14 @@ class Plan:
         return self.seconds.step / self.setup.samples_a_step
 
     def keys(self) -> list[str]:
-        """As they are written after the recipe on a command line; the planner's own options are left as words."""
-        s = self.setup
+        """As they are written after the recipe on a command line."""
+        s, zero = self.setup, self.setup.generator_zero
         words = [f"parallel.ulysses={s.ulysses}", f"parallel.ring={s.ring}", f"activation_checkpointing={str(s.checkpointing).lower()}"]
-        words += ["optimizer offload"] if s.generator_zero.offload_optimizer else []
-        return words + (["generator as LoRA"] if s.generator_lora else [])
+        words += ["activation_offload=true"] if s.activation_offload else []
+        if zero.offload_optimizer or zero.offload_param:
+            file = f"ds_configs/zero3_{'parameter' if zero.offload_param else 'optimizer'}_offload.json"
+            words += [f"generator.ds_config={file}", f"fake_score.ds_config={file}"]
+        return words + ([f"generator.lora_rank={s.generator_lora_rank}"] if s.generator_lora else [])
 
 
 def plan(setup: Setup, machine: Machine) -> Plan:
@@ -33,7 +36,7 @@ def plan(setup: Setup, machine: Machine) -> Plan:
 
 
 def candidates(setup: Setup, machine: Machine) -> Iterator[Setup]:
-    """Every split of a sample inside one node, with and without checkpointing, offload and LoRA."""
+    """Every split of a sample inside one node, with and without checkpointing, offloads and LoRA, of the fake score's rank."""
     node = min(setup.gpus, machine.gpus_per_node)
     degrees = [
         (ulysses, ring)
@@ -41,15 +44,20 @@ def candidates(setup: Setup, machine: Machine) -> Iterator[Setup]:
         for ring in range(1, node // ulysses + 1)
         if setup.model.heads % ulysses == 0 and setup.gpus % (ulysses * ring) == 0 and node % (ulysses * ring) == 0
     ]
-    for (ulysses, ring), checkpointing, offload, lora in itertools.product(degrees, (True, False), (False, True), (False, True)):
+    activations = ((True, False), (True, True), (False, False))  # checkpointing and offload
+    offloads = ((False, False), (True, False), (True, True))  # optimiser and parameters
+    for (ulysses, ring), (checkpointing, host), (optimizer, param), lora in itertools.product(
+        degrees, activations, offloads, (False, True)
+    ):
         yield dataclasses.replace(
             setup,
             ulysses=ulysses,
             ring=ring,
             checkpointing=checkpointing,
-            generator_lora=lora or setup.generator_lora,
-            generator_zero=dataclasses.replace(setup.generator_zero, offload_optimizer=offload),
-            fake_score_zero=dataclasses.replace(setup.fake_score_zero, offload_optimizer=offload),
+            activation_offload=host,
+            generator_lora_rank=setup.generator_lora_rank or (setup.lora_rank if lora else None),
+            generator_zero=dataclasses.replace(setup.generator_zero, offload_optimizer=optimizer, offload_param=param),
+            fake_score_zero=dataclasses.replace(setup.fake_score_zero, offload_optimizer=optimizer, offload_param=param),
         )
 
 

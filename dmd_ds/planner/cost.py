@@ -66,23 +66,35 @@ def flops(setup: Setup) -> float:
     )  # fmt: skip
 
 
+def gathers(setup: Setup) -> tuple[float, float]:
+    """How often a step brings together the weights of the generator, and of the score."""
+    count = passes(setup)  # a block is gathered once for its recomputation and its backward
+    return count.rollout + 2 * count.generator, count.scores + 2 * count.fake_score + 2 * count.gan
+
+
+def backward_samples(setup: Setup) -> float:
+    """Backwards a step through a whole model, in samples of the batch."""
+    count = passes(setup)
+    return count.generator + count.gan + count.fake_score * (2 if setup.gan else 1)
+
+
 def collectives(setup: Setup) -> dict[str, float]:
     """Bytes that one GPU sends a step, by collective. Tokens L, width D, Ulysses U, ring R."""
     count, a, model, world = passes(setup), setup.precision.weights, setup.model, setup.gpus
     others = (world - 1) / world
     whole, adapter = sum(model.weights()), sum(model.adapter(setup.lora_rank))
-    generator_passes = count.rollout + 2 * count.generator  # a block is gathered once for its recomputation and its backward
-    score_passes = count.scores + 2 * count.fake_score + 2 * count.gan
-    trained = adapter if setup.generator_lora else whole
+    generator_passes, score_passes = gathers(setup)
+    own = sum(model.adapter(setup.generator_lora_rank)) if setup.generator_lora_rank else 0
+    trained = own or whole
     L, U, R = setup.tokens, setup.ulysses, setup.ring
     # queries, keys, values and result change hands; back again in the backward
     exchanged = 4 * L * model.width / (U * R) * (U - 1) / U * a
     passed_on = 2 * L * model.width / U * (R - 1) / R * a
     home = 2 * L * model.width / U * 4 if R > 1 else 0  # gradients of keys and values in float32, a full round
-    backwards = count.generator + count.gan + count.fake_score * (2 if setup.gan else 1)
+    backwards = backward_samples(setup)
     forwards = count.rollout + count.scores * setup.score_parts + backwards * (2 if setup.checkpointing else 1)
     blocks = setup.batch * model.layers
-    gathered = generator_passes * (whole + (adapter if setup.generator_lora else 0)) + score_passes * (whole + adapter)
+    gathered = generator_passes * (whole + own) + score_passes * (whole + adapter)
     return {
         "all-gather of weights": a * others * gathered,
         "reduce-scatter of gradients": a * others * (count.generator * trained + count.fake_score * adapter),
@@ -129,11 +141,15 @@ def seconds(setup: Setup, machine: Machine) -> Seconds:
 
 
 def offload_seconds(setup: Setup, machine: Machine) -> float:
-    """Gradients down, weights up, and Adam's 28 bytes a weight (four read, three written) in the host's memory."""
-    a, model = setup.precision.weights, setup.model
+    """Of what lies on the host: Adam's 28 bytes a weight (four read, three written) in its memory, gradients down and weights up;
+    a rank's part of the weights up at each gather; a block's input down and up for each backward."""
+    a, model, host = setup.precision.weights, setup.model, HOST_BYTES_A_SECOND / min(setup.gpus, machine.gpus_per_node)
     adapter = setup.part(model.adapter(setup.lora_rank))
-    generator = adapter if setup.generator_lora else setup.part(model.weights())
-    offloaded = (generator / setup.generator_every if setup.generator_zero.offload_optimizer else 0) + (
-        adapter if setup.fake_score_zero.offload_optimizer else 0
-    )
-    return offloaded * (2 * a / machine.pcie + 28 * min(setup.gpus, machine.gpus_per_node) / HOST_BYTES_A_SECOND)
+    generator = setup.part(model.adapter(setup.generator_lora_rank) if setup.generator_lora_rank else model.weights())
+    zeros = (setup.generator_zero, setup.fake_score_zero)
+    updates = (generator / setup.generator_every, adapter)
+    updated = sum(weights for weights, zero in zip(updates, zeros, strict=True) if zero.offload_optimizer)
+    base = setup.part(model.weights())
+    fetched = sum(times * base for times, zero in zip(gathers(setup), zeros, strict=True) if zero.offload_param)
+    inputs = 2 * model.layers * setup.batch * setup.rank_tokens * model.width if setup.activation_offload else 0
+    return updated * (2 * a / machine.pcie + 28 / host) + a * (fetched + inputs * backward_samples(setup)) / machine.pcie

@@ -33,7 +33,14 @@ def trained(setup: Setup, who: str, weights: list[int], zero: Zero) -> Terms:
     """Of weights that an engine trains, this rank's part: weights, a float32 copy (on the CPU too), Adam's two moments, gradients."""
     part, a = setup.part(weights), setup.precision.weights
     states = {f"{who}: fp32 master weights": 4 * part, f"{who}: Adam moments": 8 * part, f"{who}: gradients": a * part}
-    return {f"{who}: weights": a * part, **({} if zero.offload_optimizer else states)}
+    if zero.bf16_states:
+        states = {f"{who}: Adam moments": 4 * part, f"{who}: gradients": a * part}
+    return {**resident(f"{who}: weights", a * part, zero), **({} if zero.offload_optimizer else states)}
+
+
+def resident(name: str, size: float, zero: Zero) -> Terms:
+    """A rank's part of an engine's weights, where it does not lie in the host's memory."""
+    return {} if zero.offload_param else {name: size}
 
 
 def gan_head(setup: Setup) -> list[int]:
@@ -43,7 +50,7 @@ def gan_head(setup: Setup) -> list[int]:
 
 
 def generator_trained(setup: Setup) -> list[int]:
-    return setup.model.adapter(setup.lora_rank) if setup.generator_lora else setup.model.weights()
+    return setup.model.weights() if setup.generator_lora_rank is None else setup.model.adapter(setup.generator_lora_rank)
 
 
 def buffers(setup: Setup) -> Terms:
@@ -51,12 +58,13 @@ def buffers(setup: Setup) -> Terms:
     a = setup.precision.weights
     zeros = (setup.generator_zero, setup.fake_score_zero)
     small = 0
-    for zero, adapter in zip(zeros, (setup.generator_lora, True), strict=True):
-        weights = setup.model.weights() + (setup.model.adapter(setup.lora_rank) if adapter else [])
-        small += sum(numel for numel in weights if numel <= zero.persistence)
+    for zero, rank in zip(zeros, (setup.generator_lora_rank, setup.lora_rank), strict=True):
+        weights = setup.model.weights() + (setup.model.adapter(rank) if rank else [])
+        apart = setup.gpus > 1 or zero.offload_param
+        small += sum(numel for numel in weights if numel <= zero.persistence and apart)
     return {
         "gradient buckets": a * sum(zero.reduce_bucket for zero in zeros),
-        "small weights kept whole": a * small if setup.gpus > 1 else 0,
+        "small weights kept whole": a * small,
         "rotary tables": 2 * 2 * ROPE_POSITIONS * setup.model.head_dim * 4,
     }
 
@@ -65,12 +73,12 @@ def always(setup: Setup) -> Terms:
     """What a rank holds between two steps."""
     model, a = setup.model, setup.precision.weights
     base = a * setup.part(model.weights())
-    frozen = {"generator: frozen weights": base} if setup.generator_lora else {}
+    frozen = resident("generator: frozen weights", base, setup.generator_zero) if setup.generator_lora else {}
     everything = model.weights() if not setup.generator_lora else generator_trained(setup)
     return merged(
         frozen,
         trained(setup, "generator", generator_trained(setup), setup.generator_zero),
-        {"score: frozen base": base},
+        resident("score: frozen base", base, setup.fake_score_zero),
         trained(setup, "fake score LoRA", model.adapter(setup.lora_rank), setup.fake_score_zero),
         trained(setup, "GAN head", gan_head(setup), setup.fake_score_zero),
         {"EMA of the generator, fp32": 4 * setup.part(everything) if setup.ema and not setup.generator_zero.offload_optimizer else 0},
@@ -84,11 +92,15 @@ def always(setup: Setup) -> Terms:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """What one block holds while it runs; `lora`: an adapter lies over its layers, and nothing but that is trained."""
+    """What one block holds while it runs; `rank`: of an adapter over its layers, nothing but which is trained, None without."""
 
     setup: Setup
     batch: int
-    lora: bool
+    rank: int | None
+
+    @property
+    def lora(self) -> bool:
+        return self.rank is not None
 
     @property
     def u(self) -> int:
@@ -158,7 +170,7 @@ class Block:
     def kept_adapter(self) -> float:
         """What lies between the two matrices of the adapters, bytes."""
         tokens = 8 * self.setup.rank_tokens + 2 * self.setup.text_tokens
-        return self.batch * tokens * self.setup.lora_rank * self.a if self.lora else 0
+        return self.batch * tokens * self.rank * self.a if self.rank else 0
 
     def kept(self) -> float:
         """All that one block keeps for its backward, bytes, without its input."""
@@ -167,14 +179,16 @@ class Block:
         return self.u * shares + log_sum_exp + self.kept_text() + self.kept_adapter()
 
     def graph(self) -> float:
-        """What all blocks together keep from forward to backward: their inputs, or everything."""
+        """What all blocks together keep from forward to backward: their inputs, or everything; offloaded, the one input in use."""
         layers = self.setup.model.layers
         if self.setup.checkpointing:
-            return layers * self.a * self.u
+            return (1 if self.setup.activation_offload else layers) * self.a * self.u
         return layers * (self.kept() + (self.u * self.a if not self.copy else 0))
 
     def before_last(self) -> float:
         """The graph while the last block runs forward with gradient."""
+        if self.setup.activation_offload:
+            return 0
         return self.graph() * (1 - 1 / self.setup.model.layers)
 
     def forward_with_graph(self) -> float:
@@ -212,10 +226,13 @@ class Block:
 
 
 def gathered_forward(setup: Setup, lora: bool, zero: Zero) -> Terms:
-    """Whole weights in a forward. The generator's blocks are fetched at once, ahead of their use by what max_live_parameters
-    allows: each module's call starts another bucket of prefetch. The score's layers come one by one: its trace is dropped
-    at each change between real and fake phases, and prefetch with it."""
-    if setup.gpus == 1:
+    """Whole weights in a forward, of several ranks' parts or from the host.
+
+    The generator's blocks, trained whole, are fetched at once, ahead of their use by what max_live_parameters allows: each
+    module's call starts another bucket of prefetch. Under LoRA layers come one by one: the score's trace is dropped at each
+    change between real and fake phases, and prefetch with it.
+    """
+    if setup.gpus == 1 and not zero.offload_param:
         return {}
     a, block = setup.precision.weights, sum(setup.model.block_weights())
     if lora:
@@ -226,14 +243,15 @@ def gathered_forward(setup: Setup, lora: bool, zero: Zero) -> Terms:
     return {"gathered block": a * min(block + bucket, whole), "gathered ahead": a * ahead}
 
 
-def gathered_backward(setup: Setup) -> Terms:
+def gathered_backward(setup: Setup, zero: Zero) -> Terms:
     """The block that runs again: fetched at once, or layer by layer and held until its backward ends."""
-    return {"gathered block": setup.precision.weights * sum(setup.model.block_weights()) if setup.gpus > 1 else 0}
+    apart = setup.gpus > 1 or zero.offload_param
+    return {"gathered block": setup.precision.weights * sum(setup.model.block_weights()) if apart else 0}
 
 
-def reducing(setup: Setup, lora: bool, zero: Zero) -> float:
+def reducing(setup: Setup, rank: int | None, zero: Zero) -> float:
     """The bucket's gradients laid out a rank after the other for the reduce-scatter."""
-    weights = setup.model.block_adapter(setup.lora_rank) if lora else setup.model.block_weights()
+    weights = setup.model.block_weights() if rank is None else setup.model.block_adapter(rank)
     return setup.precision.weights * max(max(weights), min(zero.reduce_bucket, sum(weights)))
 
 
@@ -253,8 +271,8 @@ def backward_phases(setup: Setup, block: Block, name: str, zero: Zero, latents: 
         phases[f"{name} backward, {moment}"] = merged(
             {"kept for the backward": block.graph(), "the block that runs again": activations + block.around},
             {"gradients of a block": a * gradients},
-            {"gradients under reduction": reducing(setup, block.lora, zero) if moment == "block's end" else 0},
-            gathered_backward(setup),
+            {"gradients under reduction": reducing(setup, block.rank, zero) if moment == "block's end" else 0},
+            gathered_backward(setup, zero),
             latents,
         )
     return phases
@@ -266,13 +284,13 @@ def optimizer_phase(setup: Setup, weights: list[int], zero: Zero) -> Terms:
         return {}
     part, a = min(setup.part(weights), zero.sub_group), setup.precision.weights
     copies = 2 if setup.precision.accelerator else 3
-    return {"update of a sub-group": part * max(4 * copies, a + 4)}
+    return {"update of a sub-group": part * (a * copies if zero.bf16_states else max(4 * copies, a + 4))}
 
 
 def generator_phases(setup: Setup) -> dict[str, Terms]:
     zero = setup.generator_zero
-    block = Block(setup, setup.batch, setup.generator_lora)
-    score = Block(setup, setup.score_parts * setup.batch, lora=True)
+    block = Block(setup, setup.batch, setup.generator_lora_rank)
+    score = Block(setup, setup.score_parts * setup.batch, setup.lora_rank)
     gathered = gathered_forward(setup, setup.generator_lora, zero)
     graph = {"kept for the backward": block.graph() + block.last_layer()}
     parts = setup.score_parts
@@ -296,7 +314,8 @@ def generator_phases(setup: Setup) -> dict[str, Terms]:
         "generator: optimiser": merged(optimizer_phase(setup, generator_trained(setup), zero), latents_bytes(setup, parts + 5)),
     }
     if setup.gan:
-        features = Block(setup, setup.batch, lora=True)  # gradients flow through the score's base to x0, the generator's graph waits
+        # gradients flow through the score's base to x0, the generator's graph waits
+        features = Block(setup, setup.batch, setup.lora_rank)
         waiting = merged(graph, latents_bytes(setup, parts + 6))
         phases |= backward_phases(setup, features, "generator: GAN", setup.fake_score_zero, waiting)
     return phases
@@ -304,9 +323,9 @@ def generator_phases(setup: Setup) -> dict[str, Terms]:
 
 def fake_score_phases(setup: Setup) -> dict[str, Terms]:
     zero = setup.fake_score_zero
-    rollout = Block(setup, setup.batch, setup.generator_lora)
+    rollout = Block(setup, setup.batch, setup.generator_lora_rank)
     batch = 2 * setup.batch if setup.gan else setup.batch  # the head also sees real samples
-    block = Block(setup, batch, lora=True)
+    block = Block(setup, batch, setup.lora_rank)
     return {
         "fake score: rollout without gradient": merged(
             gathered_forward(setup, setup.generator_lora, setup.generator_zero),

@@ -131,7 +131,10 @@ class Precision:
 
 @dataclasses.dataclass(frozen=True)
 class Zero:
-    """What a ds_configs/*.json says of buffers, in elements; the defaults are DeepSpeed's where a file is silent."""
+    """What a ds_configs/*.json says of buffers, in elements, and of what lies where; the defaults are DeepSpeed's.
+
+    `bf16_states`: weights have no float32 copy, and Adam's moments are bf16 too.
+    """
 
     prefetch: int = 50_000_000
     max_live: int = 1_000_000_000
@@ -139,6 +142,8 @@ class Zero:
     persistence: int = 100_000
     sub_group: int = 1_000_000_000
     offload_optimizer: bool = False
+    offload_param: bool = False
+    bf16_states: bool = False
 
     @classmethod
     def from_ds_config(cls, config: dict[str, Any]) -> "Zero":
@@ -151,7 +156,10 @@ class Zero:
             "sub_group": "sub_group_size",
         }
         given = {field: int(section[name]) for field, name in names.items() if name in section}
-        return cls(**given, offload_optimizer=section.get("offload_optimizer", {}).get("device", "none") != "none")
+        offloads = {key: section.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")}
+        bf16 = config.get("bf16", {})
+        states = bf16.get("bf16_master_weights_and_grads", False) and bf16.get("bf16_optimizer_states", False)
+        return cls(**given, **offloads, bf16_states=states)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +174,12 @@ class Setup:
     batch: int = 1
     text_tokens: int = TEXT_TOKENS
     checkpointing: bool = True
-    generator_lora: bool = False
+    activation_offload: bool = False
+    generator_lora_rank: int | None = None
     ema: bool = False
     gan: bool = False
     validation: bool = True
-    lora_rank: int = 128
+    lora_rank: int = 128  # of the fake score
     score_parts: int = 3  # fake, real conditional, real unconditional; two at guidance 1
     generator_every: int = 5
     sampling_steps: int = 4
@@ -186,6 +195,10 @@ class Setup:
             )
         if self.model.heads % self.ulysses:
             raise UserError(f"parallel.ulysses={self.ulysses} does not divide the {self.model.heads} attention heads of the model")
+
+    @property
+    def generator_lora(self) -> bool:
+        return self.generator_lora_rank is not None
 
     @property
     def a_sample(self) -> int:
@@ -221,6 +234,8 @@ def setup_of(recipe: Recipe, model: ModelSize, video: Video, gpus: int, ds_confi
         ring=recipe.parallel.ring,
         batch=recipe.data.batch_size,
         checkpointing=recipe.activation_checkpointing,
+        activation_offload=recipe.activation_offload,
+        generator_lora_rank=recipe.generator.lora_rank,
         validation=recipe.validation.every > 0,
         ema=recipe.generator.ema_decay is not None,
         lora_rank=recipe.fake_score.lora_rank,

@@ -17,12 +17,13 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from dmd_ds.wan.guidance import takes_guidance
 
 TEXT_TOKENS = 512  # Wan2.1 pads its text with zeros to this length, and attends to the padding
-ADAPTER = "fake_score"
+ADAPTER = "default"  # peft's name of it, in a generator as in a score model
 ADAPTER_TARGETS = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)|ffn\.net\.(0\.proj|2))"
 
 
@@ -167,15 +168,21 @@ class WanDenoiser(nn.Module):
     `transformer`: the diffusers model, whose weights and names stay as they are.
     `sequence`: how the tokens of a sample are spread over ranks; latents come in and go out whole on each.
     `activation_checkpointing`: keep only each block's input for the backward and run the block again there.
+    `activation_offload`: keep these inputs in the host's memory.
     """
 
     def __init__(
-        self, transformer: WanTransformer3DModel, sequence: WholeSequence = WHOLE_SEQUENCE, activation_checkpointing: bool = False
+        self,
+        transformer: WanTransformer3DModel,
+        sequence: WholeSequence = WHOLE_SEQUENCE,
+        activation_checkpointing: bool = False,
+        activation_offload: bool = False,
     ):
         super().__init__()
         self.transformer = transformer
         self.sequence = sequence
         self.activation_checkpointing = activation_checkpointing
+        self.activation_offload = activation_offload
         self.adapter_weight: AdapterWeight | None = None
         for block in transformer.blocks:
             block.attn1.set_processor(SelfAttention(sequence))
@@ -186,6 +193,9 @@ class WanDenoiser(nn.Module):
         self.transformer.requires_grad_(False)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=ADAPTER_TARGETS)
         inject_adapter_in_model(config, self.transformer, adapter_name=ADAPTER)
+
+    def weigh_adapter(self) -> None:
+        """Makes `adapter_weight_B` an argument of the forward: a score model is two scores, a generator is one model."""
         self.adapter_weight = AdapterWeight(self.transformer)
 
     def forward(
@@ -247,7 +257,8 @@ class WanDenoiser(nn.Module):
         for number, block in enumerate(wan.blocks):
             arguments = (block, hidden_BnD, context, modulation_B6D, place, adapter_weight_B)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden_BnD = checkpoint(self._run_block, *arguments, use_reentrant=False)
+                with save_on_cpu(pin_memory=True) if self.activation_offload else contextlib.nullcontext():
+                    hidden_BnD = checkpoint(self._run_block, *arguments, use_reentrant=False)
             else:
                 hidden_BnD = self._run_block(*arguments)
             if number in taps:

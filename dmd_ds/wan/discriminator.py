@@ -108,10 +108,11 @@ class ScoreModel(WanDenoiser):
         transformer: WanTransformer3DModel,
         sequence: WholeSequence = WHOLE_SEQUENCE,
         activation_checkpointing: bool = False,
+        activation_offload: bool = False,
         taps: Sequence[int] = (),
         head: nn.Module | None = None,
     ):
-        super().__init__(transformer, sequence, activation_checkpointing)
+        super().__init__(transformer, sequence, activation_checkpointing, activation_offload)
         self.taps = tuple(taps)
         self.head = head
 

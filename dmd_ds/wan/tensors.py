@@ -61,7 +61,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         if single.is_file():
             return read_header(single)
         if index.is_file():
-            named = read_json(index)["weight_map"]
+            named = read_json(index).get("weight_map")
+            if not isinstance(named, dict):
+                raise UserError(f"{index}: the key weight_map is missing")
             missing = [file for file in sorted(set(named.values())) if not (folder / file).is_file()]
             if missing:
                 raise UserError(f"{folder / missing[0]} is missing, though {index.name} names it")

@@ -23,6 +23,7 @@ from dmd_ds.wan.guidance import add_guidance_embedding, has_guidance_embedding
 from dmd_ds.wan.original_parts import is_original
 from dmd_ds.wan.tensors import Stored, check_tensors, stored_tensors
 
+CONFIG_KEYS = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "patch_size")
 UNUSED = "norm_added_q"  # in the published image-to-video folders, and in no model: diffusers passes it over too
 
 
@@ -74,6 +75,9 @@ def transformer_config(model: Path) -> dict:
         config = read_json(path)
     if config.get("_class_name") != "WanTransformer3DModel":
         raise UserError(f"{path}: {config.get('_class_name')!r} is no WanTransformer3DModel")
+    missing = [key for key in CONFIG_KEYS if key not in config]
+    if missing:
+        raise UserError(f"{path}: the key {missing[0]} is missing")
     channels, latents = config["in_channels"], config["out_channels"]
     # noised latents; then a mask of the frames that are given, and their latents
     expected = latents + TIME_STRIDE + latents if takes_image(config) else latents

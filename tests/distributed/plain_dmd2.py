@@ -91,7 +91,7 @@ def plain_dmd2(
     one_pass: bool = False,
     ema: PlainEMA | None = None,
 ) -> tuple[list[dict], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(metrics a step, the generator's weights, the weights of the adapter and of the GAN head).
+    """(metrics a step, the generator's trained weights, the weights of the adapter and of the GAN head).
 
     `embedding`: first weights of a guidance embedding; with `one_pass` the real score has its guidance from it alone.
     `ema`: follows the generator.
@@ -110,16 +110,24 @@ def plain_dmd2(
         head = HEADS[gan.head](len(gan.blocks), config.num_attention_heads * config.attention_head_dim, gan.width)
         for number in gan.blocks:
             base.blocks[number].register_forward_hook(lambda module, inputs, out, number=number: tapped.__setitem__(number, out))
-    torch.manual_seed(recipe.seed)
     targets = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)|ffn\.net\.(0\.proj|2))"
-    lora = LoraConfig(r=recipe.fake_score.lora_rank, lora_alpha=recipe.fake_score.lora_alpha, target_modules=targets)
-    score = get_peft_model(base, lora)
+
+    def adapted(model, section, seed):
+        torch.manual_seed(seed)
+        return get_peft_model(model, LoraConfig(r=section.lora_rank, lora_alpha=section.lora_alpha, target_modules=targets))
+
+    score = adapted(base, recipe.fake_score, recipe.seed)
     adapter = [parameter for parameter in [*score.parameters(), *head.parameters()] if parameter.requires_grad]
+    if recipe.generator.lora_rank:
+        adapted(generator, recipe.generator, recipe.seed + 1)  # in place
+        if embedding and not one_pass:
+            generator.condition_embedder.guidance_embedder.requires_grad_(True)
+    trained = {name: parameter for name, parameter in generator.named_parameters() if parameter.requires_grad}
 
     def adamw(parameters, section):
         return torch.optim.AdamW(parameters, lr=section.lr, betas=section.betas, eps=epsilon, weight_decay=section.weight_decay)
 
-    optimizer_g, optimizer_f = adamw(generator.parameters(), recipe.generator), adamw(adapter, recipe.fake_score)
+    optimizer_g, optimizer_f = adamw(trained.values(), recipe.generator), adamw(adapter, recipe.fake_score)
     dataset = LatentsDataset(recipe.data.path)
     draw = Randomness(recipe.seed)
     order = BatchOrder(dataset.buckets(), global_batch_size, draw)
@@ -200,7 +208,7 @@ def plain_dmd2(
                 line["loss/gan_generator"] = float(gan_loss.detach())
             optimizer_g.zero_grad()
             loss.backward()
-            line["grad_norm/generator"] = float(torch.nn.utils.clip_grad_norm_(generator.parameters(), recipe.generator.max_grad_norm))
+            line["grad_norm/generator"] = float(torch.nn.utils.clip_grad_norm_(trained.values(), recipe.generator.max_grad_norm))
             optimizer_g.param_groups[0]["lr"] = recipe.generator.lr * (0.5 if step == 0 else 1.0)  # warm-up of 1 update
             optimizer_g.step()
             if ema:
@@ -226,4 +234,4 @@ def plain_dmd2(
         optimizer_f.step()
         log.append(line)
     lora_weights = {name.removeprefix("base_model.model."): p for name, p in score.named_parameters() if p.requires_grad}
-    return log, dict(generator.named_parameters()), lora_weights | {f"head.{name}": p for name, p in head.named_parameters()}
+    return log, trained, lora_weights | {f"head.{name}": p for name, p in head.named_parameters()}

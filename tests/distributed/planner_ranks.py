@@ -9,11 +9,12 @@ import logging
 import sys
 from pathlib import Path
 
+from dmd_ds.inputs import check_inputs
 from dmd_ds.parallel.mesh import Mesh, joined
 from dmd_ds.planner.memory import memory
 from dmd_ds.planner.sizes import ModelSize, Precision, Setup, Zero
 from dmd_ds.recipe import Parallel, Recipe
-from dmd_ds.trainer import Trainer, check_inputs
+from dmd_ds.trainer import Trainer
 from tests import mini
 from tests.live_bytes import LiveBytes
 
@@ -45,11 +46,12 @@ def recipe_of(case: dict, folder: Path, mesh: Mesh) -> Recipe:
         mini.make_dataset(folder / "data", shapes=(mini.LATENTS_SHAPE,))
     mesh.barrier()
     engine = {"ds_config": str(file)}
+    generator = {**engine, "lora_rank": case.get("generator_lora_rank")}
     return mini.make_recipe(
         folder,
         data={"batch_size": case.get("batch", 1)},
         activation_checkpointing=case.get("checkpointing", True),
-        generator=engine,
+        generator=generator,
         fake_score={**engine, "updates_per_generator_update": 1},
         parallel={"ulysses": case.get("ulysses", 1), "ring": case.get("ring", 1)},
     )
@@ -83,7 +85,8 @@ def planned(recipe: Recipe, case: dict, ranks: int, prompt_tokens: int) -> dict[
     plan = memory(
         Setup(
             model, (case["frames"], 8, 8), ranks, recipe.parallel.ulysses, recipe.parallel.ring, recipe.data.batch_size, prompt_tokens,
-            checkpointing=recipe.activation_checkpointing, validation=False, lora_rank=recipe.fake_score.lora_rank,
+            checkpointing=recipe.activation_checkpointing, generator_lora_rank=recipe.generator.lora_rank, validation=False,
+            lora_rank=recipe.fake_score.lora_rank,
             generator_zero=zero, fake_score_zero=zero, precision=CPU,
         )
     )  # fmt: skip

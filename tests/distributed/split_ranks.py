@@ -5,9 +5,10 @@ Trains one recipe after the other, each laid out by its own degrees over the sam
 
 import sys
 
+from dmd_ds.inputs import check_inputs
 from dmd_ds.parallel.mesh import joined
 from dmd_ds.recipe import Parallel, load_recipe
-from dmd_ds.trainer import Trainer, check_inputs
+from dmd_ds.trainer import Trainer
 from tests.distributed.attention_ranks import lay
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmd_ds.export import find_student, to_comfyui, to_diffusers, to_lora, to_wan
+from dmd_ds.export import find_student, to_comfyui, to_diffusers, to_wan
 from dmd_ds.generation import VideoModel
+from dmd_ds.lora import to_lora
 from dmd_ds.recipe import REPOSITORY, dump_recipe
 from dmd_ds.wan.denoiser import WanDenoiser
 from dmd_ds.wan.guidance import add_guidance_embedding, fresh_weights

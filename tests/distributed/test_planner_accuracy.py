@@ -13,8 +13,11 @@ QUICK = [
     (1, [{"width": 24, "layers": 2, "frames": 8, "batch": 2}, {"width": 48, "layers": 3, "frames": 20, "checkpointing": False}]),
     (2, [{"width": 48, "layers": 3, "frames": 20, "ulysses": 2, "steps": 2}]),
 ]
+LORA = [{"width": w, "layers": n, "frames": t, "generator_lora_rank": r} for w, n, t, r in ((24, 2, 20, 3), (96, 4, 6, 8), (48, 2, 24, 8))]
 GRID = [
     (1, [{"width": w, "layers": n, "frames": t} for w in (24, 48, 96) for n, t in ((2, 20), (4, 6))]),
+    (1, LORA),
+    (2, LORA),
     (2, [{"width": w, "layers": n, "frames": t} for w, n, t in ((24, 4, 12), (48, 2, 24), (96, 3, 4))]),
     (2, [{"width": 96, "layers": 4, "frames": 4, "prefetch": 20_000, "max_live": n} for n in (200_000, 10**9)]),
     (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from dmd_ds.errors import UserError
 from dmd_ds.planner.choose import candidates, cheapest, plan
 from dmd_ds.planner.cost import Machine, between_nodes, collectives, flops, seconds
 from dmd_ds.planner.memory import memory
-from dmd_ds.planner.sizes import PUBLISHED, TEXT_TOKENS, ModelSize, Precision, Setup, Video, Zero, published_size
+from dmd_ds.planner.sizes import PUBLISHED, TEXT_TOKENS, ModelSize, Precision, Setup, Video, Zero, published_size, setup_of
+from dmd_ds.recipe import REPOSITORY, load_recipe
 from dmd_ds.wan import denoiser
 from tests.mini import TRANSFORMER
 from tools.bench import Closed
@@ -87,14 +89,19 @@ def test_14b_at_720p_with_everything_trained_takes_about_fifty_gigabytes_on_eigh
 
 
 def test_14b_at_720p_fits_four_gpus_with_a_lora_generator_and_offload():
-    lora = offloaded(dataclasses.replace(WHOLE, gpus=4, ulysses=4, ema=False, generator_lora=True))
+    lora = offloaded(dataclasses.replace(WHOLE, gpus=4, ulysses=4, ema=False, generator_lora_rank=128))
     assert memory(lora).peak < 60e9
-    assert memory(dataclasses.replace(lora, generator_lora=False, ulysses=1)).peak > memory(lora).peak
+    assert memory(dataclasses.replace(lora, generator_lora_rank=None, ulysses=1)).peak > memory(lora).peak
 
 
 @pytest.mark.parametrize(
-    "smaller", [{"checkpointing": True}, {"ulysses": 8}, {"gpus": 64}, {"generator_lora": True}, {"validation": False}, {"score_parts": 2}]
-)
+    "smaller",
+    [
+        {"checkpointing": True}, {"ulysses": 8}, {"gpus": 64}, {"generator_lora_rank": 64}, {"validation": False}, {"score_parts": 2},
+        {"checkpointing": True, "activation_offload": True}, {"generator_zero": dataclasses.replace(ZERO, bf16_states=True)},
+        {"fake_score_zero": dataclasses.replace(ZERO, offload_param=True)},
+    ],
+)  # fmt: skip
 def test_what_is_meant_to_save_memory_never_costs_any(smaller):
     wide = dataclasses.replace(WHOLE, ulysses=4, checkpointing=False)
     before, after = memory(wide), memory(dataclasses.replace(wide, **smaller))
@@ -161,6 +168,37 @@ def test_the_cheapest_settings_fit_and_nothing_that_fits_is_cheaper():
     kept = [one.setup for one in fitting if not one.setup.generator_lora]
     assert cheapest(WHOLE, machine, whole_generator=True).setup in kept
     assert cheapest(WHOLE, Machine(memory=10e9), whole_generator=True) is None
+
+
+def test_every_setting_is_said_as_the_recipe_takes_it():
+    def setup_from(keys: list[str]) -> Setup:
+        recipe = load_recipe("t2v_14b_720p", keys)
+        configs = {name: json.loads((REPOSITORY / getattr(recipe, name).ds_config).read_text()) for name in ("generator", "fake_score")}
+        return setup_of(recipe, PUBLISHED["14b"], HD, 8, configs)
+
+    machine = Machine()
+    tried = [one for one in candidates(setup_from([]), machine) if one.a_sample in (1, 8)]  # 5 splits
+    assert len(tried) == len(set(tried)) == 5 * 3 * 3 * 2
+    assert all(setup_from(plan(one, machine).keys()) == one for one in tried)
+
+
+def test_what_lies_on_the_host_is_not_on_the_gpu_and_takes_time():
+    for change in (
+        {"activation_offload": True},
+        {"generator_zero": dataclasses.replace(ZERO, offload_param=True)},
+        {"fake_score_zero": dataclasses.replace(ZERO, offload_param=True)},
+        {"generator_zero": dataclasses.replace(ZERO, offload_optimizer=True)},
+    ):
+        moved = dataclasses.replace(WHOLE, **change)
+        before, after = memory(WHOLE), memory(moved)
+        assert sum(map(after.of, after.phases)) < sum(map(before.of, before.phases))
+        assert seconds(moved, Machine()).offload > seconds(WHOLE, Machine()).offload == 0
+
+
+def test_bf16_states_take_eight_bytes_a_weight():
+    held = memory(dataclasses.replace(WHOLE, generator_zero=dataclasses.replace(ZERO, bf16_states=True))).always
+    of_generator = sum(size for name, size in held.items() if name.startswith("generator: "))
+    assert of_generator == pytest.approx(8 * sum(WHOLE.model.weights()) / 8, rel=1e-5)
 
 
 def test_more_memory_is_never_slower():

@@ -174,6 +174,10 @@ def other_model(folder):
     save_file({"conv_in.weight": torch.zeros(3)}, folder / "diffusion_pytorch_model.safetensors")
 
 
+def without_weight_map(folder):
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+
+
 def wrong_heads(folder):
     (folder / "config.json").write_text(json.dumps({"num_heads": 5}))
 
@@ -184,6 +188,7 @@ def wrong_heads(folder):
         (strange, "00001-of-00002.safetensors: blocks.0.self_attn.z.weight is no tensor of a Wan2.1 transformer"),
         (without_a_shard, "00002-of-00002.safetensors is missing, though"),
         (truncated, "00002-of-00002.safetensors: not readable as safetensors"),
+        (without_weight_map, "index.json: the key weight_map is missing"),
         (misshapen, r"ffn.net.0.proj.bias is \[3\], the configuration asks for \[40\]"),
         (other_model, "conv_in.weight is no tensor of a Wan2.1 transformer"),
         (wrong_heads, "num_heads=5 does not divide the width 24"),
@@ -193,6 +198,13 @@ def test_a_folder_that_is_no_whole_wan_is_refused_and_nothing_left(tmp_path, spo
     make_original(tmp_path / "original", "t2v")
     spoil(tmp_path / "original")
     with pytest.raises(UserError, match=message):
+        convert(tmp_path / "original", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+def test_a_disk_that_fills_is_one_line_and_nothing_is_left(tmp_path, kind, full_disk):
+    make_original(tmp_path / "original", kind)
+    with full_disk(), pytest.raises(UserError, match="out: cannot be written: File too large"):
         convert(tmp_path / "original", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from dmd_ds.wan.denoiser import ADAPTER, TEXT_TOKENS, ImageCondition, WanDenoiser
 from tests.mini import IMAGE_EMBEDS_SHAPE, IMAGE_TRANSFORMER, LATENTS_SHAPE, TEXT_WIDTH, make_transformer
@@ -23,6 +24,7 @@ def adapted():
     """A denoiser whose adapter does something: a fresh one is zero."""
     denoiser = WanDenoiser(make_transformer())
     denoiser.add_adapter(rank=4, alpha=8)
+    denoiser.weigh_adapter()
     for name, parameter in denoiser.named_parameters():
         if f"lora_B.{ADAPTER}" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -80,6 +82,30 @@ def test_recomputation_sees_the_adapter_weight_of_its_own_call(inputs, adapted):
         torch.testing.assert_close(recomputed, kept, atol=0, rtol=0)
 
 
+def test_offload_moves_each_blocks_input_and_changes_no_gradient(inputs, monkeypatch):
+    x, sigma, text = inputs
+    moved = []
+
+    def recording(pin_memory):
+        def pack(tensor):
+            moved.append(tuple(tensor.shape))
+            return to_host.pack_hook(tensor)
+
+        to_host = save_on_cpu(pin_memory)
+        return saved_tensors_hooks(pack, to_host.unpack_hook)
+
+    monkeypatch.setattr("dmd_ds.wan.denoiser.save_on_cpu", recording)
+    gradients = []
+    for offload in (False, True):
+        denoiser = WanDenoiser(make_transformer(), activation_checkpointing=True, activation_offload=offload)
+        denoiser(x, sigma, text).square().mean().backward()
+        gradients.append([parameter.grad for parameter in denoiser.parameters()])
+    tokens, width = 2 * 2 * 2, 24
+    assert moved.count((3, tokens, width)) == len(denoiser.transformer.blocks)
+    for there, here in zip(*gradients, strict=True):
+        torch.testing.assert_close(there, here, atol=0, rtol=0)
+
+
 @pytest.fixture
 def image():
     generator = torch.Generator().manual_seed(3)
@@ -124,6 +150,7 @@ def test_the_adapter_covers_the_image_attention_and_scores_stay_apart(inputs, im
     x, sigma, text = inputs
     denoiser = image_denoiser()
     denoiser.add_adapter(rank=4, alpha=8)
+    denoiser.weigh_adapter()
     trainable = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
     assert len(trainable) == 2 * 12 * len(denoiser.transformer.blocks)
     for name, parameter in denoiser.named_parameters():

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideo
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from dmd_ds.errors import UserError
-from dmd_ds.export import find_student, to_diffusers
+from dmd_ds.export import copy_other_parts, find_student, to_diffusers, whole_folder
 from dmd_ds.generation import VideoModel
 from dmd_ds.wan.autoencoder import load_autoencoder
 from dmd_ds.wan.image import embed_image, load_image_encoder
@@ -154,6 +154,12 @@ def test_a_run_starts_from_it_and_exports_a_whole_pipeline(folders, tmp_path):
     for name, tensor in pipeline.vae.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     assert pipeline.transformer.config.num_layers == 2 and pipeline.text_encoder.config.num_heads == 2
+
+
+def test_a_disk_that_fills_while_the_parts_are_written_is_one_line(folders, tmp_path, full_disk):
+    with full_disk(), pytest.raises(UserError, match="out: cannot be written: .*File too large"), whole_folder(tmp_path / "out") as folder:
+        copy_other_parts(folders / "original", folder)
+    assert not list(tmp_path.iterdir())
 
 
 class Code:

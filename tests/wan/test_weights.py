@@ -84,6 +84,15 @@ def test_a_folder_without_a_part_or_of_another_model_is_refused(model):
         transformer_config(model)
 
 
+def test_a_configuration_that_lacks_a_key_names_file_and_key(model):
+    file = model / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    del config["out_channels"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="transformer/config.json: the key out_channels is missing"):
+        transformer_config(model)
+
+
 def test_an_image_to_video_folder_is_read_and_what_no_model_uses_passed_over(image_model):
     stored = load_file(image_model / "transformer" / "diffusion_pytorch_model.safetensors")
     assert any("norm_added_q" in name for name in stored)

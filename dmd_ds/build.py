@@ -1,0 +1,68 @@
+"""The two models of a run, sharded over its ranks and loaded a tensor at a time: the generator and the score model."""
+
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+
+from dmd_ds.inputs import GuidanceEmbedding, Inputs
+from dmd_ds.parallel.attention import SequenceParallel
+from dmd_ds.parallel.engine import gather_by_block, shard, sharded_build
+from dmd_ds.wan.denoiser import WanDenoiser
+from dmd_ds.wan.discriminator import HEADS, ScoreModel, default_taps
+from dmd_ds.wan.guidance import add_guidance_embedding, fresh_weights
+from dmd_ds.wan.weights import empty_transformer, load_weights, renew_buffers
+
+
+def sharded_transformer(model: Path, config: dict, embedding: GuidanceEmbedding, seed: int, ds_config: dict) -> WanTransformer3DModel:
+    """The model's transformer, sharded over the ranks and loaded a tensor at a time; `seed`: of a fresh guidance embedding."""
+
+    def build() -> WanTransformer3DModel:
+        transformer = empty_transformer(config)
+        return transformer if embedding == "none" else add_guidance_embedding(transformer)
+
+    transformer = sharded_build(ds_config, build)
+    renew_buffers(transformer)
+    shapes = {name: parameter.ds_shape for name, parameter in transformer.named_parameters()}
+    load_weights(transformer, model, shard, fresh_weights(shapes, seed) if embedding == "fresh" else {})
+    return transformer
+
+
+def build_transformer(inputs: Inputs, engine: str) -> WanTransformer3DModel:
+    ds_config = inputs.ds_configs[engine]
+    return sharded_transformer(inputs.model, inputs.transformer_config, inputs.guidance_embedding, inputs.recipe.seed, ds_config)
+
+
+def build_generator(inputs: Inputs, sequence: SequenceParallel) -> WanDenoiser:
+    """Trained whole, or as an adapter over frozen weights.
+
+    A fresh guidance embedding is trained beside the adapter: frozen it would stay without effect. A stored one is a part of the
+    model like any other and is frozen with it.
+    """
+    recipe = inputs.recipe
+    transformer = build_transformer(inputs, "generator")
+    generator = WanDenoiser(transformer, sequence, recipe.activation_checkpointing, recipe.activation_offload)
+    if recipe.generator.lora_rank is None:
+        return gather_by_block(generator, WanTransformerBlock)
+    torch.manual_seed(recipe.seed + 1)  # another adapter than the fake score's, alike on all ranks
+    generator.add_adapter(recipe.generator.lora_rank, recipe.generator.lora_alpha)
+    if inputs.guidance_embedding == "fresh":
+        transformer.condition_embedder.guidance_embedder.requires_grad_(True)
+    return generator
+
+
+def build_score_model(inputs: Inputs, sequence: SequenceParallel) -> ScoreModel:
+    recipe = inputs.recipe
+    transformer = build_transformer(inputs, "fake_score")
+    taps, head = (), None
+    if recipe.gan.is_on:
+        torch.manual_seed(recipe.seed)  # the head's first weights, alike on all ranks
+        taps = recipe.gan.blocks or default_taps(len(transformer.blocks))
+        config = transformer.config
+        head = HEADS[recipe.gan.head](len(taps), config.num_attention_heads * config.attention_head_dim, recipe.gan.width)
+    score_model = ScoreModel(transformer, sequence, recipe.activation_checkpointing, recipe.activation_offload, sorted(taps), head)
+    torch.manual_seed(recipe.seed)  # the adapter's first weights, likewise
+    score_model.add_adapter(recipe.fake_score.lora_rank, recipe.fake_score.lora_alpha)
+    score_model.weigh_adapter()
+    return score_model

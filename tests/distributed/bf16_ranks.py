@@ -1,0 +1,11 @@
+"""Trains recipes in bf16 on the CPU, as accelerators do: python -m tests.distributed.bf16_ranks RECIPE.yaml ..."""
+
+import torch
+
+from dmd_ds import trainer
+from dmd_ds.parallel import engine
+from tests.distributed import split_ranks
+
+if __name__ == "__main__":
+    trainer.training_dtype = engine.training_dtype = lambda: torch.bfloat16
+    split_ranks.main()

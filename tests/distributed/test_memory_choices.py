@@ -1,0 +1,138 @@
+"""Every choice of a recipe that saves memory trains: the same numbers as plain PyTorch where nothing but the place changes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from dmd_ds.checkpoint import ZeroWeights
+from dmd_ds.errors import UserError
+from dmd_ds.parallel.engine import complete_ds_config, read_ds_config
+from dmd_ds.recipe import REPOSITORY, Recipe, dump_recipe, load_recipe
+from tests.distributed.comparing import EPSILON, assert_same_numbers, assert_trained_as, sharp_recipe, weights
+from tests.distributed.launch import assert_fine, metrics, run_ranks
+from tests.distributed.plain_dmd2 import plain_dmd2
+from tests.mini import make_dataset, make_pipeline
+
+STEPS = 4
+LORA = {"lora_rank": 3, "lora_alpha": 12.0}
+
+
+def ds_file(folder: Path, name: str, **optimizer) -> Path:
+    """A shipped DeepSpeed JSON that gathers everything of the mini model, with the epsilon that comparisons need."""
+    config = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 3000}
+    config["optimizer"]["params"] |= {"eps": EPSILON, **optimizer}
+    file = folder / f"{name}{'-torch' if optimizer else ''}.json"
+    file.write_text(json.dumps(config))
+    return file
+
+
+def recipe_of(folder: Path, name: str, ds_config: Path | None = None, generator: dict | None = None, **changes) -> Recipe:
+    recipe = sharp_recipe(folder, name, max_steps=STEPS, data={"batch_size": 1}, **changes)
+    chosen = {} if ds_config is None else {"ds_config": str(ds_config)}
+    return recipe.model_copy(
+        update={
+            "generator": recipe.generator.model_copy(update={**(generator or {}), **chosen}),
+            "fake_score": recipe.fake_score.model_copy(update=chosen),
+        }
+    )
+
+
+def train_all(folder: Path, recipes: list[Recipe], module: str = "split_ranks") -> None:
+    files = [folder / f"{number}-of-{module}.yaml" for number in range(len(recipes))]
+    for file, recipe in zip(files, recipes, strict=True):
+        file.write_text(dump_recipe(recipe))
+    assert_fine(run_ranks(2, "-m", f"tests.distributed.{module}", *map(str, files)))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    make_pipeline(folder / "model")
+    make_dataset(folder / "data", words=200)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(world):
+    """On 2 ranks in one job; `offload` stops after 2 steps and goes on from its checkpoint."""
+    everything = ds_file(world, "zero3_parameter_offload", torch_adam=True)  # torch's Adam: DeepSpeed's is compiled for a minute
+    runs = {
+        "offload": recipe_of(world, "offload", everything),
+        "activation offload": recipe_of(world, "activations", activation_offload=True),
+        "all with LoRA": recipe_of(world, "all", everything, LORA, activation_offload=True),
+    }
+    first_half = runs["offload"].model_copy(update={"max_steps": 2})
+    train_all(world, [first_half, *runs.values()])
+    return runs
+
+
+@pytest.fixture(scope="module")
+def plain(world):
+    whole, lora = recipe_of(world, "plain"), recipe_of(world, "plain", generator=LORA)
+    return {"whole": plain_dmd2(whole, 2, EPSILON), "LoRA": plain_dmd2(lora, 2, EPSILON)}
+
+
+@pytest.mark.parametrize("name, model", [("offload", "whole"), ("activation offload", "whole"), ("all with LoRA", "LoRA")])
+def test_what_lies_on_the_host_trains_as_plain_pytorch(runs, plain, name, model):
+    lines, generator, adapter = plain[model]
+    assert_same_numbers(metrics(runs[name]), lines, 1e-4)
+    assert_trained_as(runs[name], STEPS, generator, adapter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3_optimizer_offload", "zero3_parameter_offload"])
+def test_the_shipped_offload_trains_with_deepspeeds_own_adam(world, plain, name):
+    recipe = recipe_of(world, name, ds_file(world, name))
+    train_all(world, [recipe])
+    assert_same_numbers(metrics(recipe), plain["whole"][0], 1e-4)
+    assert_trained_as(recipe, STEPS, *plain["whole"][1:])
+
+
+def test_without_fp32_masters_it_trains_in_bf16_and_all_it_keeps_of_a_weight_is_bf16(world, plain):
+    recipe = recipe_of(world, "bf16", ds_file(world, "zero3_bf16_states"), LORA)
+    train_all(world, [recipe], "bf16_ranks")
+    for line, other in zip(metrics(recipe), plain["LoRA"][0], strict=True):
+        assert line["loss/fake_score"] == pytest.approx(other["loss/fake_score"], rel=0.01)
+    early, late = weights(recipe, 2, "generator"), weights(recipe, STEPS, "generator")
+    assert all((early[name] - late[name]).abs().max() > 1e-5 for name in early)
+    checkpoint = ZeroWeights(Path(recipe.output_dir) / "checkpoints" / f"step_{STEPS:06d}" / "generator")
+    rank = torch.load(checkpoint.files[0], weights_only=False)["optimizer_state_dict"]
+    kept = [*rank["fp32_flat_groups"], *(rank["optimizer_state_dict"]["state"][0][moment] for moment in ("exp_avg", "exp_avg_sq"))]
+    assert {tensor.dtype for tensor in kept} == {torch.bfloat16} and {weight.dtype for weight in late.values()} == {torch.float32}
+
+
+def test_on_the_cpu_training_is_fp32_whatever_the_json_says_of_bf16(world):
+    generator = load_recipe("tiny").generator
+    config = read_ds_config("generator.ds_config", "ds_configs/zero3_bf16_states.json")
+    assert complete_ds_config(config, generator, batch_size=1)["bf16"] == {"enabled": False}
+
+
+def nvme_file(folder: Path, section: str, **keys) -> Path:
+    config = json.loads((REPOSITORY / "ds_configs" / "zero3_optimizer_offload.json").read_text())
+    config["zero_optimization"][section] = {"device": "nvme", **keys}
+    file = folder / f"nvme-{section}.json"
+    file.write_text(json.dumps(config))
+    return file
+
+
+@pytest.mark.parametrize(
+    "section, keys, message",
+    [
+        ("offload_param", {"nvme_path": "/disk"}, "offload_param.device='nvme'; weights are loaded into memory"),
+        ("offload_optimizer", {}, "offload_optimizer.device='nvme' needs a nvme_path beside it"),
+        ("offload_optimizer", {"nvme_path": "/disk"}, "needs DeepSpeed's async_io, which cannot be built: install libaio-dev"),
+    ],
+)
+def test_an_offload_that_cannot_be_is_one_line_that_names_the_file(tmp_path, monkeypatch, section, keys, message):
+    builder = get_accelerator().get_op_builder("AsyncIOBuilder")
+    monkeypatch.setattr(builder, "is_compatible", lambda self: False)
+    file = nvme_file(tmp_path, section, **keys)
+    with pytest.raises(UserError, match=f"{file.name}: .*{message}"):
+        read_ds_config("generator.ds_config", str(file))
+    monkeypatch.setattr(builder, "is_compatible", lambda self: True)
+    if keys and section == "offload_optimizer":
+        assert read_ds_config("generator.ds_config", str(file))["zero_optimization"]["offload_optimizer"]["device"] == "nvme"
