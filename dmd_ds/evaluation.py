@@ -120,7 +120,7 @@ class Row:
 def compare(
     evaluator: Evaluator, students: list[tuple[Source, Settings]], teacher: tuple[Source, Settings] | None, steps: list[int]
 ) -> list[Row]:
-    """The students at each number of steps; before them the teacher at its own, guided, and what it makes in a student's steps."""
+    """The students at each number of steps; before them the teacher at its own, guided, and what it makes in the first student's grids."""
     rows = []
     if teacher:
         source, settings = teacher
