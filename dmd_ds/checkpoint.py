@@ -125,6 +125,8 @@ class ZeroWeights:
         written_by = self._read(ranks[0])["optimizer_state_dict"]["partition_count"]
         if len(ranks) != written_by:
             raise UserError(f"{folder}: {len(ranks)} rank files of {written_by}")
+        if any(not len(part) for parts in self.flat for part in parts):
+            raise UserError(f"{folder}: its weights were on NVMe and lie in offloaded_tensors, which this project does not read")
         self.places = self._find_places()
 
     @staticmethod
