@@ -182,6 +182,8 @@ class ZeroWeights:
         written_by = self._read(ranks[0])["optimizer_state_dict"]["partition_count"]
         if len(ranks) != written_by:
             raise UserError(f"{folder}: {len(ranks)} rank files of {written_by}")
+        if any(not len(part) for parts in self.flat for part in parts):
+            raise UserError(f"{folder}: its weights were on NVMe and lie in offloaded_tensors, which this project does not read")
         if average:
             self.files = [rank_file(average, rank) for rank in range(written_by)]
             self.flat = [self._read_average(path) for path in self.files]

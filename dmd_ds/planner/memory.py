@@ -225,22 +225,25 @@ class Block:
 # ---- what is gathered -------------------------------------------------------------------------------------------------
 
 
-def gathered_forward(setup: Setup, lora: bool, zero: Zero) -> Terms:
+def gathered_forward(block: Block, zero: Zero) -> Terms:
     """Whole weights in a forward, of several ranks' parts or from the host.
 
     The generator's blocks, trained whole, are fetched at once, ahead of their use by what max_live_parameters allows: each
     module's call starts another bucket of prefetch. Under LoRA layers come one by one: the score's trace is dropped at each
-    change between real and fake phases, and prefetch with it.
+    change between real and fake phases, and prefetch with it. And a layer is let go before its adapter's part is added, so it
+    stands where the sum of the two will: in the feed-forward, which is the widest.
     """
+    setup = block.setup
     if setup.gpus == 1 and not zero.offload_param:
         return {}
-    a, block = setup.precision.weights, sum(setup.model.block_weights())
-    if lora:
-        return {"gathered layer": a * 2 * max(setup.model.block_weights())}  # as it arrives and as it is cut
-    whole = setup.model.layers * block
+    a, weights = setup.precision.weights, setup.model.block_weights()
+    if block.lora:
+        twice = 2 * max(weights)  # as it arrives and as it is cut
+        return {"gathered layer": max(0, a * (twice - block.u * block.wide))}
+    one, whole = sum(weights), setup.model.layers * sum(weights)
     bucket = min(zero.prefetch, whole)
-    ahead = min(zero.max_live + bucket, whole) if zero.prefetch else block
-    return {"gathered block": a * min(block + bucket, whole), "gathered ahead": a * ahead}
+    ahead = min(zero.max_live + bucket, whole) if zero.prefetch else one
+    return {"gathered block": a * min(one + bucket, whole), "gathered ahead": a * ahead}
 
 
 def gathered_backward(setup: Setup, zero: Zero) -> Terms:
@@ -291,7 +294,7 @@ def generator_phases(setup: Setup) -> dict[str, Terms]:
     zero = setup.generator_zero
     block = Block(setup, setup.batch, setup.generator_lora_rank)
     score = Block(setup, setup.score_parts * setup.batch, setup.lora_rank)
-    gathered = gathered_forward(setup, setup.generator_lora, zero)
+    gathered = gathered_forward(block, zero)
     graph = {"kept for the backward": block.graph() + block.last_layer()}
     parts = setup.score_parts
     phases = {
@@ -304,7 +307,7 @@ def generator_phases(setup: Setup) -> dict[str, Terms]:
             latents_bytes(setup, 3),
         ),
         "generator: scores without gradient": merged(
-            gathered_forward(setup, True, setup.fake_score_zero),
+            gathered_forward(score, setup.fake_score_zero),
             graph,
             {"rotary of the exit forward": block.around},
             {"a block's forward, scores": score.forward()},
@@ -328,12 +331,12 @@ def fake_score_phases(setup: Setup) -> dict[str, Terms]:
     block = Block(setup, batch, setup.lora_rank)
     return {
         "fake score: rollout without gradient": merged(
-            gathered_forward(setup, setup.generator_lora, setup.generator_zero),
+            gathered_forward(rollout, setup.generator_zero),
             {"a block's forward": rollout.forward()},
             latents_bytes(setup, 3),
         ),
         "fake score: forward": merged(
-            gathered_forward(setup, True, zero),
+            gathered_forward(block, zero),
             {"kept for the backward": block.before_last()},
             {"a block's forward": block.forward_with_graph()},
             latents_bytes(setup, 5),

@@ -189,6 +189,16 @@ def test_a_checkpoint_without_an_average_has_none_to_give(run, tmp_path):
     assert torch.equal(find_student(plain).read("scale_shift_table"), find_student(run, weights="trained").read("scale_shift_table"))
 
 
+def test_weights_that_nvme_offload_left_elsewhere_are_named(run, tmp_path):
+    broken = shutil.copytree(run / "checkpoints" / "step_000002", tmp_path / "step_000002")
+    for file in (broken / "generator").glob("*_optim_states.pt"):
+        content = torch.load(file, weights_only=False)
+        content["optimizer_state_dict"]["fp32_flat_groups"] = [torch.empty(0)]
+        torch.save(content, file)
+    with pytest.raises(UserError, match="generator: its weights were on NVMe and lie in offloaded_tensors"):
+        find_student(broken)
+
+
 def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(run, tmp_path):
     broken = tmp_path / "step_000002"
     shutil.copytree(run / "checkpoints" / "step_000002", broken)
