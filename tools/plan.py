@@ -105,7 +105,6 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--height", type=int, help="480, or 720 where the recipe's name says 720p")
     parser.add_argument("--width", type=int, help="832, or 1280")
-    parser.add_argument("--gan", action="store_true", help="a GAN head on the fake score's features")
     parser.add_argument("--gpu-tflops", type=float, default=989, help="peak in bf16, without sparsity")
     parser.add_argument("--mfu", type=float, default=0.4, help="the part of the peak that is reached")
     parser.add_argument("--nvlink-gbs", type=float, default=400, help="GB/s a GPU sends inside a node")
@@ -123,7 +122,7 @@ def main() -> None:
             name: ds_config(f"{name}.ds_config", section.ds_config)
             for name, section in (("generator", recipe.generator), ("fake_score", recipe.fake_score))
         }
-        setup = setup_of(recipe, model_size(recipe, a.recipe), video, a.gpus, ds_configs, gan=a.gan)
+        setup = setup_of(recipe, model_size(recipe, a.recipe), video, a.gpus, ds_configs)
         if setup.a_sample > a.gpus_per_node:
             raise UserError(f"a sample over {setup.a_sample} GPUs is more than the {a.gpus_per_node} of --gpus-per-node")
     rates = {"flops": a.gpu_tflops * 1e12, "mfu": a.mfu, "nvlink": a.nvlink_gbs * GB, "network": a.network_gbs * GB}

@@ -49,7 +49,7 @@ def passes(setup: Setup) -> Passes:
         generator=share,
         scores=share,
         fake_score=1,
-        gan=share if setup.gan else 0,
+        gan=share if setup.judged else 0,
     )
 
 
@@ -59,7 +59,7 @@ def flops(setup: Setup) -> float:
     forward = setup.model.forward_flops(setup.tokens, setup.text_tokens) * setup.batch / setup.a_sample
     whole, adapter = 3 + again, 2 + again
     generator = adapter if setup.generator_lora else whole
-    scores_batch, fake_batch = setup.score_parts, 2 if setup.gan else 1
+    scores_batch, fake_batch = setup.score_parts, 1 + setup.judged
     return forward * (
         count.rollout + count.generator * generator + count.scores * scores_batch + count.fake_score * fake_batch * adapter
         + count.gan * adapter
@@ -75,7 +75,7 @@ def gathers(setup: Setup) -> tuple[float, float]:
 def backward_samples(setup: Setup) -> float:
     """Backwards a step through a whole model, in samples of the batch."""
     count = passes(setup)
-    return count.generator + count.gan + count.fake_score * (2 if setup.gan else 1)
+    return count.generator + count.gan + count.fake_score * (1 + setup.judged)
 
 
 def collectives(setup: Setup) -> dict[str, float]:

@@ -13,7 +13,7 @@ from dmd_ds.planner.sizes import Setup, Zero
 VAE_WEIGHTS = 126_892_531  # of Wan2.1's AutoencoderKLWan, kept in float32
 VAE_CHANNELS = 96  # of its decoder at full resolution
 ROPE_POSITIONS = 1024
-GAN_TAPS = 3  # blocks whose features the head reads
+GAN_TAPS = 3  # blocks whose features the head reads where the recipe names none
 
 Terms = dict[str, float]
 
@@ -43,10 +43,28 @@ def resident(name: str, size: float, zero: Zero) -> Terms:
     return {} if zero.offload_param else {name: size}
 
 
+def taps(setup: Setup) -> int:
+    """How many blocks the head reads."""
+    return len(setup.gan.blocks) if setup.gan.blocks else min(GAN_TAPS, setup.model.layers)
+
+
 def gan_head(setup: Setup) -> list[int]:
-    """Planned, not built: a tap attends to its block's tokens with one learned query (four D x D layers), then D -> D -> 1."""
-    D = setup.model.width
-    return GAN_TAPS * [D * D, D * D, D * D, D * D, D] + [GAN_TAPS * D * D, D] if setup.gan else []
+    """Its weights, by those of wan.discriminator."""
+    if not setup.judged:
+        return []
+    D, h = setup.model.width, setup.gan.width
+    if setup.gan.head == "token":
+        return taps(setup) * [D * h, h, h, 1]
+    attention = [5 * h * h, h, *4 * [h], 3 * h * h, 3 * h, h * h, h, 4 * h * h, 4 * h, 4 * h * h, h]
+    return taps(setup) * [5 * D * h, h, *2 * [5 * h * h, h], *2 * attention, h, 1]
+
+
+def head_activations(setup: Setup, samples: float) -> Terms:
+    """What the head keeps for its backward of so many samples of the batch: the normed features, its layers' inputs."""
+    D, h, a = setup.model.width, setup.gan.width, setup.precision.weights
+    if setup.gan.head == "token":
+        return {"GAN head": taps(setup) * samples * setup.batch * setup.rank_tokens * (D + 2 * h) * a}
+    return {"GAN head": taps(setup) * samples * setup.batch * setup.tokens * (2 * D + 3 * h) * a}
 
 
 def generator_trained(setup: Setup) -> list[int]:
@@ -316,7 +334,7 @@ def generator_phases(setup: Setup) -> dict[str, Terms]:
         **backward_phases(setup, block, "generator:", zero, latents_bytes(setup, parts + 6)),
         "generator: optimiser": merged(optimizer_phase(setup, generator_trained(setup), zero), latents_bytes(setup, parts + 5)),
     }
-    if setup.gan:
+    if setup.judged:
         # gradients flow through the score's base to x0, the generator's graph waits
         features = Block(setup, setup.batch, setup.lora_rank)
         waiting = merged(graph, latents_bytes(setup, parts + 6))
@@ -327,8 +345,9 @@ def generator_phases(setup: Setup) -> dict[str, Terms]:
 def fake_score_phases(setup: Setup) -> dict[str, Terms]:
     zero = setup.fake_score_zero
     rollout = Block(setup, setup.batch, setup.generator_lora_rank)
-    batch = 2 * setup.batch if setup.gan else setup.batch  # the head also sees real samples
-    block = Block(setup, batch, setup.lora_rank)
+    block = Block(setup, (1 + setup.judged) * setup.batch, setup.lora_rank)
+    # x0, noise, noised latents, velocity and its target; for the head the dataset's latents, their noise, and all that is judged
+    held = latents_bytes(setup, 7 + 3 * setup.judged if setup.judged else 5)
     return {
         "fake score: rollout without gradient": merged(
             gathered_forward(rollout, setup.generator_zero),
@@ -339,9 +358,10 @@ def fake_score_phases(setup: Setup) -> dict[str, Terms]:
             gathered_forward(block, zero),
             {"kept for the backward": block.before_last()},
             {"a block's forward": block.forward_with_graph()},
-            latents_bytes(setup, 5),
+            held,
+            head_activations(setup, setup.judged) if setup.judged else {},  # gone before the blocks' backward
         ),
-        **backward_phases(setup, block, "fake score:", zero, latents_bytes(setup, 5)),
+        **backward_phases(setup, block, "fake score:", zero, held),
         "fake score: optimiser": merged(
             optimizer_phase(setup, setup.model.adapter(setup.lora_rank) + gan_head(setup), zero), latents_bytes(setup, 5)
         ),

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from dmd_ds.errors import UserError
-from dmd_ds.recipe import Recipe
+from dmd_ds.recipe import Gan, Recipe
 
 TEXT_TOKENS = 512  # Wan2.1 pads its text to this length (wan.denoiser)
 VAE_TIME_STRIDE, VAE_SPACE_STRIDE = 4, 8
@@ -177,7 +177,7 @@ class Setup:
     activation_offload: bool = False
     generator_lora_rank: int | None = None
     ema: bool = False
-    gan: bool = False
+    gan: Gan = Gan()
     validation: bool = True
     lora_rank: int = 128  # of the fake score
     score_parts: int = 3  # fake, real conditional, real unconditional; two at guidance 1
@@ -199,6 +199,11 @@ class Setup:
     @property
     def generator_lora(self) -> bool:
         return self.generator_lora_rank is not None
+
+    @property
+    def judged(self) -> int:
+        """Samples a batch's sample that the discriminator sees in the fake score's turn: generated, real, disturbed for R1."""
+        return 0 if not self.gan.is_on else 3 if self.gan.r1_weight else 2
 
     @property
     def a_sample(self) -> int:
@@ -238,6 +243,7 @@ def setup_of(recipe: Recipe, model: ModelSize, video: Video, gpus: int, ds_confi
         generator_lora_rank=recipe.generator.lora_rank,
         validation=recipe.validation.every > 0,
         ema=recipe.generator.ema_decay is not None,
+        gan=recipe.gan,
         lora_rank=recipe.fake_score.lora_rank,
         score_parts=2 if recipe.score.guidance == 1.0 else 3,
         generator_every=recipe.fake_score.updates_per_generator_update,

@@ -53,6 +53,7 @@ def recipe_of(case: dict, folder: Path, mesh: Mesh) -> Recipe:
         activation_checkpointing=case.get("checkpointing", True),
         generator=generator,
         fake_score={**engine, "updates_per_generator_update": 1},
+        gan=case.get("gan", {}),
         parallel={"ulysses": case.get("ulysses", 1), "ring": case.get("ring", 1)},
     )
 
@@ -86,7 +87,7 @@ def planned(recipe: Recipe, case: dict, ranks: int, prompt_tokens: int) -> dict[
         Setup(
             model, (case["frames"], 8, 8), ranks, recipe.parallel.ulysses, recipe.parallel.ring, recipe.data.batch_size, prompt_tokens,
             checkpointing=recipe.activation_checkpointing, generator_lora_rank=recipe.generator.lora_rank, validation=False,
-            lora_rank=recipe.fake_score.lora_rank,
+            lora_rank=recipe.fake_score.lora_rank, gan=recipe.gan,
             generator_zero=zero, fake_score_zero=zero, precision=CPU,
         )
     )  # fmt: skip

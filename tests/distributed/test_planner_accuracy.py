@@ -14,7 +14,15 @@ QUICK = [
     (2, [{"width": 48, "layers": 3, "frames": 20, "ulysses": 2, "steps": 2}]),
 ]
 LORA = [{"width": w, "layers": n, "frames": t, "generator_lora_rank": r} for w, n, t, r in ((24, 2, 20, 3), (96, 4, 6, 8), (48, 2, 24, 8))]
+GAN = {"generator_weight": 0.1, "width": 32}
+JUDGED = [
+    {"width": 48, "layers": 3, "frames": 20, "gan": GAN},
+    {"width": 48, "layers": 4, "frames": 12, "batch": 2, "gan": GAN | {"r1_weight": 1.0}},
+    {"width": 48, "layers": 2, "frames": 20, "gan": GAN | {"head": "convolution", "blocks": [1]}},
+]
 GRID = [
+    (1, JUDGED),
+    (2, [{**case, "ulysses": 2, "steps": 2} for case in JUDGED]),
     (1, [{"width": w, "layers": n, "frames": t} for w in (24, 48, 96) for n, t in ((2, 20), (4, 6))]),
     (1, LORA),
     (2, LORA),
