@@ -25,12 +25,12 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def full_disk():
-    """While it is entered no file grows beyond 50,000 bytes: the kernel refuses what is more, as it does on a full disk."""
+    """While it is entered no file grows beyond so many bytes: the kernel refuses what is more, as it does on a full disk."""
 
     @contextlib.contextmanager
-    def filled():
+    def filled(largest: int = 50_000):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
         try:
             yield
         finally:

@@ -158,7 +158,7 @@ def test_the_command_takes_no_rank_for_an_adapter_and_writes_it(recipe, tmp_path
 
 
 def test_a_disk_that_fills_leaves_no_half_of_an_adapter(world, tmp_path, full_disk):
-    with full_disk(), pytest.raises(UserError, match="out: cannot be written: File too large"):
+    with full_disk(5_000), pytest.raises(UserError, match="out: cannot be written: File too large"):
         to_own_lora(find_student(Path(world["stock"].output_dir)), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
