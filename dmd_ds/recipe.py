@@ -105,6 +105,13 @@ class Rollout(Section):
     )
 
 
+class Regression(Section):
+    """A warm-up: before DMD2 begins, the generator learns where the guided teacher's own paths end."""
+
+    steps: NotNegative = Field(0, description="trainer steps of it, each an update of the generator alone; 0: none")
+    teacher_steps: Positive = Field(20, description="of the teacher's path, second order, beside the generator's own noise levels")
+
+
 class Gan(Section):
     """A discriminator on the fake score's features, of the dataset's latents against what the generator makes.
 
@@ -196,6 +203,7 @@ class Recipe(Section):
     generator: Generator
     fake_score: FakeScore
     score: Score = Score()
+    regression: Regression = Regression()
     gan: Gan = Gan()
     rollout: Rollout = Rollout()
     sampling: Sampling = Sampling()
@@ -207,6 +215,15 @@ class Recipe(Section):
         if offload and not before.data.get("activation_checkpointing", True):
             raise ValueError("needs activation_checkpointing=true: only what checkpointing keeps is moved")
         return offload
+
+    def is_generator_due(self, step: int) -> bool:
+        """Whether this step of DMD2 updates the generator too."""
+        return (step - self.regression.steps) % self.fake_score.updates_per_generator_update == 0
+
+    def generator_updates(self, step: int) -> int:
+        """How often DMD2 and its warm-up have updated the generator before this step."""
+        warm = self.regression.steps
+        return min(step, warm) + -(-max(0, step - warm) // self.fake_score.updates_per_generator_update)
 
     @property
     def uses_latents(self) -> bool:

@@ -8,7 +8,9 @@ import torch.distributed as dist
 from dmd_ds import checkpoint
 from dmd_ds.build import build_generator, build_score_model
 from dmd_ds.data.latents import BatchOrder, SizedOrder, pad_embeds
-from dmd_ds.distill.dmd2 import Batch, DMD2Engine
+from dmd_ds.distill.batch import Batch
+from dmd_ds.distill.dmd2 import DMD2Engine
+from dmd_ds.distill.regression import Regression
 from dmd_ds.errors import UserError
 from dmd_ds.inputs import Inputs
 from dmd_ds.monitor import Monitor
@@ -49,13 +51,10 @@ class Trainer:
         self.ema = ShardedEMA(self.engines["generator"], recipe.generator.ema_decay) if recipe.generator.ema_decay else None
         negative_embeds_1LD = pad_embeds([self.dataset.negative_embeds_LD], self.prompt_tokens)
         self.embedded_guidance = inputs.embedded_guidance
-        self.dmd2 = DMD2Engine(
-            recipe,
-            **self.engines,
-            negative_embeds_1LD=negative_embeds_1LD,
-            two_pass_guidance=inputs.two_pass_guidance,
-            device=self.mesh.device,
-        )
+        teacher = {"negative_embeds_1LD": negative_embeds_1LD.to(mesh.device), "two_pass_guidance": inputs.two_pass_guidance}
+        self.dmd2 = DMD2Engine(recipe, **self.engines, **teacher, device=mesh.device)
+        generator_engine, schedule = self.engines["generator"], self.dmd2.schedule
+        self.regression = Regression(recipe, generator_engine, score_model, schedule, **teacher, device=mesh.device)
         self.validation = None
         if recipe.validation.every:
             guidance = inputs.embedded_guidance, inputs.two_pass_guidance
@@ -96,14 +95,21 @@ class Trainer:
     def train(self) -> None:
         for step in range(self.first_step, self.recipe.max_steps):
             batches = self.batches(step)
-            metrics = {}
-            if step % self.recipe.fake_score.updates_per_generator_update == 0:
-                metrics |= self.dmd2.generator_step(batches, step)
-                if self.ema:
-                    self.ema.update()
-            metrics |= self.dmd2.fake_score_step(batches, step)
+            if step < self.recipe.regression.steps:
+                metrics = self.regression.generator_step(batches, step)
+                self.average()
+            else:
+                metrics = {}
+                if self.recipe.is_generator_due(step):
+                    metrics |= self.dmd2.generator_step(batches, step)
+                    self.average()
+                metrics |= self.dmd2.fake_score_step(batches, step)
             self.after(step + 1, metrics)
         self.monitor.close()
+
+    def average(self) -> None:
+        if self.ema:
+            self.ema.update()
 
     def after(self, step: int, metrics: dict[str, torch.Tensor | float]) -> None:
         """Validates, logs and saves, after `step` steps."""

@@ -8,48 +8,20 @@ the fake score is part of the same module.
 Shape suffixes: B batch, C channels, T latent frames, H W latent height and width, L tokens, D text width.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import deepspeed
 import torch
 
 from dmd_ds import flow
 from dmd_ds.distill import losses
+from dmd_ds.distill.batch import Batch, Metrics, step_engine
 from dmd_ds.distill.losses import flow_matching_loss, guided_x0
 from dmd_ds.distill.rollout import noised_data, rollout
-from dmd_ds.parallel.engine import set_lr
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Recipe, Score
 from dmd_ds.sampler import Velocity, few_step_schedule
-from dmd_ds.wan.denoiser import ImageCondition
 from dmd_ds.wan.discriminator import ScoreModel
-
-Metrics = dict[str, torch.Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """What one backward pass is computed on. `samples` are the places of these samples in the global batch: they key every draw."""
-
-    samples: list[int]
-    prompt_embeds_BLD: torch.Tensor
-    latents_shape: tuple[int, int, int, int]  # [C, T, H, W]
-    latents_BCTHW: torch.Tensor | None  # the dataset's own, where training looks at them
-    image: ImageCondition | None  # what an image-to-video model is shown
-    guidance_B: torch.Tensor | None  # what a guidance-embedded model is asked for
-
-    def velocity_of(self, model: torch.nn.Module) -> Velocity:
-        """The generator's velocity under this batch's conditions."""
-        return lambda x, sigma_B: model(x, sigma_B, self.prompt_embeds_BLD, guidance_B=self.guidance_B, image=self.image)
-
-    def conditions(self, times: int) -> dict[str, torch.Tensor | ImageCondition | None]:
-        """The arguments of a score model that is shown this batch's samples so many times over, under their own prompts."""
-        return {
-            "prompt_embeds_BLD": self.prompt_embeds_BLD.repeat(times, 1, 1),
-            "guidance_B": None if self.guidance_B is None else self.guidance_B.repeat(times),
-            "image": self.image.repeat(times) if self.image else None,
-        }
 
 
 def score_sigmas(uniform_B: torch.Tensor, score: Score, lowest: float = 0.0) -> torch.Tensor:
@@ -102,7 +74,7 @@ class DMD2Engine:
         self.recipe = recipe
         self.generator = generator
         self.fake_score = fake_score
-        self.negative_embeds_1LD = negative_embeds_1LD.to(device)
+        self.negative_embeds_1LD = negative_embeds_1LD
         self.two_pass_guidance = two_pass_guidance
         self.device = device
         self.randomness = Randomness(recipe.seed)
@@ -146,10 +118,8 @@ class DMD2Engine:
 
     def generator_step(self, batches: Sequence[Batch], step: int) -> Metrics:
         """One update of the generator, by the distribution-matching gradient and, where there is a GAN, the discriminator's."""
-        self.generator.train()
-        set_lr(self.generator, self.recipe.generator, step // self.recipe.fake_score.updates_per_generator_update)
-        metrics = mean(self.generator_pass(batch, step) for batch in batches)
-        return metrics | {"grad_norm/generator": self.generator.get_global_grad_norm()}
+        passes = (self.generator_pass(batch, step) for batch in batches)
+        return step_engine(self.generator, self.recipe.generator, self.recipe.generator_updates(step), "generator", passes)
 
     def generator_pass(self, batch: Batch, step: int) -> Metrics:
         x0_BCTHW = self.generated(batch, step, "generator", batch.velocity_of(self.generator))
@@ -186,10 +156,9 @@ class DMD2Engine:
 
     def fake_score_step(self, batches: Sequence[Batch], step: int) -> Metrics:
         """One update of the fake score: denoise what the generator makes now, and tell it from the dataset's."""
-        set_lr(self.fake_score, self.recipe.fake_score, step)
         one_pass: Callable[[Batch, int], Metrics] = self.score_and_gan_pass if self.recipe.gan.is_on else self.score_pass
-        metrics = mean(one_pass(batch, step) for batch in batches)
-        return metrics | {"grad_norm/fake_score": self.fake_score.get_global_grad_norm()}
+        passes = (one_pass(batch, step) for batch in batches)
+        return step_engine(self.fake_score, self.recipe.fake_score, step - self.recipe.regression.steps, "fake_score", passes)
 
     def score_pass(self, batch: Batch, step: int) -> Metrics:
         with torch.no_grad():
@@ -227,9 +196,3 @@ class DMD2Engine:
         self.fake_score.backward(loss)
         self.fake_score.step()
         return metrics
-
-
-def mean(passes: Iterable[Metrics]) -> Metrics:
-    """The passes' numbers, averaged by name."""
-    passes = list(passes)
-    return {name: sum(metrics[name] for metrics in passes) / len(passes) for name in passes[0]}

@@ -42,6 +42,12 @@ def flow_matching_loss(velocity_BCTHW: torch.Tensor, x0_BCTHW: torch.Tensor, noi
     return (velocity_BCTHW - (noise_BCTHW - x0_BCTHW)).square().mean()
 
 
+def regression_loss(x0_BCTHW: torch.Tensor, end_BCTHW: torch.Tensor) -> torch.Tensor:
+    """How far the generator lands from where the teacher's path ends (DMD's regression, eq. 9, on latents)."""
+    # L = mean |x0 - end|^2
+    return (x0_BCTHW - end_BCTHW).square().mean()
+
+
 def generator_gan_loss(fake_marks_BM: torch.Tensor) -> torch.Tensor:
     """What the generator loses to the discriminator (the non-saturating loss of Goodfellow et al. 2014)."""
     # L = mean softplus(-D(fake))

@@ -14,7 +14,7 @@ EPSILON = 1e-6
 EMA_DECAY = 0.2  # reached at the second update
 LOGGED = (
     "loss/dm", "grad_norm/generator", "loss/fake_score", "grad_norm/fake_score",
-    "loss/gan_generator", "loss/gan_discriminator", "loss/r1",
+    "loss/regression", "loss/gan_generator", "loss/gan_discriminator", "loss/r1",
 )  # fmt: skip
 
 

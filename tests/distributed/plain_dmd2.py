@@ -188,7 +188,35 @@ def plain_dmd2(
         image = see(dataset, indices)
         latents = torch.stack([dataset[i].latents for i in indices])
         empty = pad([dataset.negative_embeds_LD] * len(indices))
-        if step % recipe.fake_score.updates_per_generator_update == 0:
+        if step < recipe.regression.steps:
+            exit_step = draw.integer("regression/exit_step", step, last_step + 1)
+            even = [1 - i / recipe.regression.teacher_steps for i in range(recipe.regression.teacher_steps)]
+            moved = [recipe.score.shift * u / (1 + (recipe.score.shift - 1) * u) for u in even]
+            path = sorted({*sigmas.tolist(), *(level for level in moved if level < float(sigmas[0]))}, reverse=True)
+            x, slopes = draw.normal("regression/noise", step, samples, shape), []
+            with torch.no_grad(), score.disable_adapter():
+                for number, (level, following) in enumerate(zip(path, path[1:], strict=False)):
+                    if level == float(sigmas[exit_step]):
+                        at_exit = x
+                    level_B = torch.full((len(x),), level)
+                    conditional, unconditional = (velocity(score, x, level_B, words, image) for words in (text, empty))
+                    slopes.append(unconditional + recipe.score.guidance * (conditional - unconditional))
+                    if number:  # the velocity is taken to go on as it went from the level before to this one
+                        middle = (following - level) / 2 / (level - path[number - 1])
+                        x = x + (following - level) * (slopes[-1] + middle * (slopes[-1] - slopes[-2]))
+                    else:
+                        x = x + (following - level) * slopes[-1]
+            x0 = at_exit - sigmas[exit_step] * velocity(generator, at_exit, told[exit_step].repeat(len(x)), text, image)
+            loss = ((x0 - x) ** 2).mean()
+            optimizer_g.zero_grad()
+            loss.backward()
+            line["loss/regression"] = float(loss.detach())
+            line["grad_norm/generator"] = float(torch.nn.utils.clip_grad_norm_(generator.parameters(), recipe.generator.max_grad_norm))
+            optimizer_g.param_groups[0]["lr"] = recipe.generator.lr * (0.5 if step == 0 else 1.0)
+            optimizer_g.step()
+            log.append(line)
+            continue
+        if (step - recipe.regression.steps) % recipe.fake_score.updates_per_generator_update == 0:
             x0, next_sigma = roll(text, image, shape, step, "generator", with_gradient=True)
             with torch.no_grad():
                 x, _, sigma, s5 = noised(x0, next_sigma, step, "generator", shape)
@@ -230,7 +258,7 @@ def plain_dmd2(
         optimizer_f.zero_grad()
         loss.backward()
         line["grad_norm/fake_score"] = float(torch.nn.utils.clip_grad_norm_(adapter, recipe.fake_score.max_grad_norm))
-        optimizer_f.param_groups[0]["lr"] = recipe.fake_score.lr * min(1.0, (step + 1) / 3)  # warm-up of 2 updates
+        optimizer_f.param_groups[0]["lr"] = recipe.fake_score.lr * min(1.0, (step - recipe.regression.steps + 1) / 3)  # warm-up: 2
         optimizer_f.step()
         log.append(line)
     lora_weights = {name.removeprefix("base_model.model."): p for name, p in score.named_parameters() if p.requires_grad}

@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""Trains variants of a recipe on the embedded world, each with several seeds, and puts what they reach into one table.
+
+    python tools/study.py ablation [--jobs 2] [--out outputs/studies/ablation]
+    python tools/study.py my_study.yaml
+
+A study is one that ships in tools/studies or a YAML file:
+
+    recipe: tiny              # a shipped recipe or a YAML file
+    seeds: [0, 1, 2]
+    prompts: 256              # judged videos a run
+    common: [max_steps=600]   # of all runs
+    runs:                     # by name, what is changed
+      whole: []
+      without EMA: [generator.ema_decay=null]
+
+Every run is one process on one rank. A run that is finished is not trained again, one that was stopped goes on. The folder gets
+table.md and study.json: means over the seeds, and how far the seeds lie apart.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import yaml
+from pydantic import Field, ValidationError
+
+from dmd_ds import checkpoint
+from dmd_ds.checkpoint import write_whole
+from dmd_ds.data import moving_shapes
+from dmd_ds.errors import RunError, UserError, one_line_errors
+from dmd_ds.evaluation import REFERENCE, Evaluator, caption_list, compare, lines_of
+from dmd_ds.recipe import REPOSITORY, Recipe, Section, explain, load_recipe, nearest
+from dmd_ds.source import find_source
+
+STUDIES = REPOSITORY / "tools" / "studies"
+COLUMNS = ("gap_closed", "frechet", "both_of_teacher", "diversity", "speed_of_teacher", "saturation_of_teacher", "seconds_trained")
+
+
+class Study(Section):
+    recipe: str = "tiny"
+    seeds: list[int] = Field([0], min_length=1)
+    prompts: Annotated[int, Field(ge=2)] = 256
+    first_seed: int = Field(1000, description="of the judged videos")
+    common: list[str] = Field([], description="key=value, changes to the recipe of all runs")
+    runs: dict[str, list[str]] = Field(min_length=1)
+
+    def recipe_of(self, name: str, seed: int, out: Path) -> Recipe:
+        where = out / f"{name.replace(' ', '_').replace('/', '_')}-{seed}"
+        return load_recipe(self.recipe, [*self.common, *self.runs[name], f"seed={seed}", f"output_dir={where}"])
+
+
+def find_study(name: str) -> Path:
+    shipped = sorted(path.stem for path in STUDIES.glob("*.yaml"))
+    path = STUDIES / f"{name}.yaml" if name in shipped else Path(name)
+    if not path.is_file():
+        raise UserError(f"study {name!r} is neither a YAML file nor one that ships ({', '.join(shipped)}){nearest(name, shipped)}")
+    return path
+
+
+def read_study(path: Path) -> Study:
+    try:
+        return Study.model_validate(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error.errors()[0])}") from error
+
+
+def is_finished(recipe: Recipe) -> bool:
+    latest = checkpoint.latest(Path(recipe.output_dir))
+    return latest is not None and checkpoint.read_state(latest)["step"] >= recipe.max_steps
+
+
+def train(recipe: Recipe, overrides: list[str], name: str, threads: int) -> None:
+    """One run, in a process of its own; `RunError` names the log of one that fails."""
+    run = Path(recipe.output_dir)
+    if is_finished(recipe):
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    print(f"training {run.name}", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MASTER_PORT": "0"}
+    with (run / "train.log").open("a") as log:
+        command = [sys.executable, "dmd_ds/train.py", name, *overrides]
+        ended = subprocess.run(command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    if ended.returncode:
+        raise RunError(f"{run.name} ended with code {ended.returncode}; {run / 'train.log'} says why")
+
+
+def measure(study: Study, recipe: Recipe, teacher: str, evaluator: Evaluator) -> dict[str, float]:
+    """What the student reaches in the steps it was trained for, beside its teacher and what that makes in as many."""
+    student, source = find_source(recipe.output_dir), find_source(teacher)
+    of_teacher = source.settings.changed(guidance=recipe.score.guidance)
+    rows = compare(evaluator, [(student, student.settings)], (source, of_teacher), [recipe.sampling.steps])
+    lines = lines_of(rows, moving_shapes.read_features(REFERENCE))
+    found = next(lines[row.title] for row in rows if row.kind == "student")
+    seconds = [json.loads(line)["seconds"] for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    return {name: found[name] for name in COLUMNS if name in found} | {"seconds_trained": sum(seconds)}
+
+
+def markdown(found: dict[str, list[dict[str, float]]]) -> str:
+    """A row a run: the mean over its seeds, and half of what lies between the least and the most."""
+    lines = ["| run | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for name, seeds in found.items():
+        cells = []
+        for column in COLUMNS:
+            values = [numbers[column] for numbers in seeds if column in numbers]
+            apart = (max(values) - min(values)) / 2 if values else 0
+            cells.append("-" if not values else f"{statistics.mean(values):.3f}" + (f" ± {apart:.3f}" if len(values) > 1 else ""))
+        lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def study_runs(study: Study, out: Path, jobs: int) -> None:
+    recipes = {(name, seed): study.recipe_of(name, seed, out) for name in study.runs for seed in study.seeds}
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = []
+        for (name, seed), recipe in recipes.items():
+            overrides = [*study.common, *study.runs[name], f"seed={seed}", f"output_dir={recipe.output_dir}"]
+            waiting.append(pool.submit(train, recipe, overrides, study.recipe, threads))
+        for one in waiting:
+            one.result()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    evaluator = Evaluator(caption_list(study.prompts), study.first_seed, out / "cache", device, batch_size=27)
+    found: dict[str, list[dict[str, float]]] = {}
+    for (name, _), recipe in recipes.items():
+        found.setdefault(name, []).append(measure(study, recipe, recipe.model.path, evaluator))
+        write_whole(out / "table.md", markdown(found))
+        write_whole(out / "study.json", json.dumps({"study": study.model_dump(mode="json"), "runs": found}, indent=1) + "\n")
+    print(markdown(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", help=f"one that ships ({', '.join(sorted(p.stem for p in STUDIES.glob('*.yaml')))}) or a YAML file")
+    parser.add_argument("--out", type=Path, help="default: outputs/studies/NAME")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at once (default: one a core)")
+    a = parser.parse_args()
+    with one_line_errors():
+        if a.jobs < 1:
+            raise UserError(f"--jobs {a.jobs}: must be at least 1")
+        path = find_study(a.study)
+        study_runs(read_study(path), (a.out or Path("outputs/studies") / path.stem).resolve(), a.jobs)
+
+
+if __name__ == "__main__":
+    main()
