@@ -97,7 +97,8 @@ def train(recipe: Recipe, overrides: list[str], name: str, threads: int) -> None
 def measure(study: Study, recipe: Recipe, teacher: str, evaluator: Evaluator) -> dict[str, float]:
     """What the student reaches in the steps it was trained for, beside its teacher and what that makes in as many."""
     student, source = find_source(recipe.output_dir), find_source(teacher)
-    of_teacher = source.settings.changed(guidance=recipe.score.guidance)
+    size = {name: getattr(student.settings, name) for name in ("frames", "height", "width")}
+    of_teacher = source.settings.changed(guidance=recipe.score.guidance, **size)
     rows = compare(evaluator, [(student, student.settings)], (source, of_teacher), [recipe.sampling.steps])
     lines = lines_of(rows, moving_shapes.read_features(REFERENCE))
     found = next(lines[row.title] for row in rows if row.kind == "student")
