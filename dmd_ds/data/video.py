@@ -36,13 +36,14 @@ class VideoSize(NamedTuple):
 
 
 def best_size(sizes: Sequence[VideoSize], film: VideoSize) -> VideoSize:
-    """The bucket that loses least of a film: one it is long enough for, of the nearest proportions, then the longest, then the
-    nearest in area."""
+    """The bucket that loses least of a film: one it is long enough for, of the nearest proportions, then the longest (of
+    those it is too short for the shortest), then the nearest in area."""
 
     def loss(size: VideoSize) -> tuple[bool, float, int, float]:
         proportions = math.log(size.width / size.height) - math.log(film.width / film.height)
         area = math.log(size.width * size.height) - math.log(film.width * film.height)
-        return size.frames > film.frames, round(abs(proportions), 2), -size.frames, abs(area)
+        too_long = size.frames > film.frames
+        return too_long, round(abs(proportions), 2), size.frames if too_long else -size.frames, abs(area)
 
     return min(sizes, key=loss)
 

@@ -85,7 +85,7 @@ def test_trained_weights_take_sixteen_bytes_each_in_bf16_and_twenty_in_float32()
 
 def test_14b_at_720p_with_everything_trained_takes_about_fifty_gigabytes_on_eight_gpus():
     assert 45e9 < memory(WHOLE).peak < 55e9
-    assert 50e9 < memory(dataclasses.replace(WHOLE, gan=Gan(generator_weight=0.03))).peak < 60e9
+    assert 60e9 < memory(dataclasses.replace(WHOLE, gan=Gan(generator_weight=0.03))).peak < 68e9  # its samples are three in a batch
 
 
 def test_14b_at_720p_fits_four_gpus_with_a_lora_generator_and_offload():
