@@ -8,7 +8,7 @@ from dmd_ds import checkpoint
 from dmd_ds.data.latents import LatentsDataset
 from dmd_ds.data.video import VideoSize
 from dmd_ds.errors import UserError
-from dmd_ds.parallel.ema import check_in_memory
+from dmd_ds.parallel.ema import check_can_average
 from dmd_ds.parallel.engine import complete_ds_config, read_ds_config
 from dmd_ds.parallel.mesh import check_degrees, world_size
 from dmd_ds.recipe import Optimizer, Recipe
@@ -111,7 +111,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
     if recipe.validation.every:
         check_validation(recipe, model)
     if recipe.generator.ema_decay:
-        check_in_memory("generator.ema_decay", ds_configs["generator"])
+        check_can_average("generator.ema_decay", ds_configs["generator"])
     resume_from = checkpoint.latest(Path(recipe.output_dir))
     first_step = 0
     if resume_from:

@@ -10,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 from dmd_ds.checkpoint import ZeroWeights
 from dmd_ds.errors import UserError
 from dmd_ds.parallel.engine import complete_ds_config, read_ds_config
-from dmd_ds.recipe import REPOSITORY, Recipe, dump_recipe, load_recipe
+from dmd_ds.recipe import REPOSITORY, Data, Recipe, dump_recipe, load_recipe
 from tests.distributed.comparing import EPSILON, assert_same_numbers, assert_trained_as, sharp_recipe, weights
 from tests.distributed.launch import assert_fine, metrics, run_ranks
 from tests.distributed.plain_dmd2 import plain_dmd2
@@ -108,7 +108,7 @@ def test_without_fp32_masters_it_trains_in_bf16_and_all_it_keeps_of_a_weight_is_
 def test_on_the_cpu_training_is_fp32_whatever_the_json_says_of_bf16(world):
     generator = load_recipe("tiny").generator
     config = read_ds_config("generator.ds_config", "ds_configs/zero3_bf16_states.json")
-    assert complete_ds_config(config, generator, batch_size=1)["bf16"] == {"enabled": False}
+    assert complete_ds_config(config, generator, Data(path="none"))["bf16"] == {"enabled": False}
 
 
 def nvme_file(folder: Path, section: str, **keys) -> Path:
