@@ -10,8 +10,6 @@ import pytest
 
 from dmd_ds.errors import UserError
 from dmd_ds.inputs import check_inputs
-from dmd_ds.parallel.ema import check_can_average
-from dmd_ds.parallel.engine import read_ds_config
 from dmd_ds.recipe import PACKAGE, REPOSITORY, dump_recipe
 from tests.mini import IMAGE_EMBEDS_SHAPE, make_dataset, make_recipe
 
@@ -105,12 +103,6 @@ def test_a_ds_config_that_is_no_json_or_not_stage_3_names_file_and_line(world, t
     refused(world, r"broken.json:3: not readable as JSON", generator={"ds_config": str(tmp_path / "broken.json")})
     refused(world, r"stage2.json: zero_optimization.stage=2", fake_score={"ds_config": str(tmp_path / "stage2.json")})
     refused(world, r"generator.ds_config=gone.json: no such file", generator={"ds_config": "gone.json"})
-
-
-def test_an_average_without_fp32_weights_is_refused():
-    config = read_ds_config("generator.ds_config", "ds_configs/zero3_bf16_states.json")  # on the CPU all is fp32 whatever it says
-    with pytest.raises(UserError, match="generator.ema_decay: averages fp32 weights; bf16.bf16_master_weights_and_grads leaves none"):
-        check_can_average("generator.ema_decay", config)
 
 
 def test_a_latest_that_names_a_checkpoint_that_is_gone_is_refused(world, tmp_path):

@@ -11,6 +11,8 @@ from dmd_ds import checkpoint
 from dmd_ds.data import moving_shapes
 from dmd_ds.errors import UserError
 from dmd_ds.inputs import check_inputs
+from dmd_ds.parallel.ema import check_can_average
+from dmd_ds.parallel.engine import read_ds_config
 from tests.distributed.launch import train
 from tests.mini import make_dataset, make_recipe
 
@@ -107,8 +109,10 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_built(world, chan
         check_inputs(recipe_of(world, "refused", **changes))
 
 
-def test_an_average_of_weights_on_a_disk_is_refused(world, tmp_path):
-    ds_config = tmp_path / "nvme.json"
-    ds_config.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}))
+def test_an_average_of_weights_on_a_disk_or_without_fp32_is_refused():
+    nvme = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}
     with pytest.raises(UserError, match="generator.ema_decay: .* offload_optimizer.device is nvme"):
-        check_inputs(make_recipe(world, generator={"ema_decay": 0.9, "ds_config": str(ds_config)}))
+        check_can_average("generator.ema_decay", nvme)
+    bf16 = read_ds_config("generator.ds_config", "ds_configs/zero3_bf16_states.json")  # on the CPU all is fp32 whatever it says
+    with pytest.raises(UserError, match="generator.ema_decay: averages fp32 weights; bf16.bf16_master_weights_and_grads leaves none"):
+        check_can_average("generator.ema_decay", bf16)

@@ -25,7 +25,7 @@ def rank_file(folder: Path, rank: int) -> Path:
 def check_can_average(key: str, ds_config: dict[str, Any]) -> None:
     """`UserError` for weights that lie on a disk, where they cannot be averaged in passing, or in bf16 alone, whose steps are too
     coarse for an average."""
-    if ds_config["bf16"].get("bf16_master_weights_and_grads"):
+    if ds_config.get("bf16", {}).get("bf16_master_weights_and_grads"):
         raise UserError(f"{key}: averages fp32 weights; bf16.bf16_master_weights_and_grads leaves none, give generator.ema_decay=null")
     zero = ds_config["zero_optimization"]
     for part in ("offload_optimizer", "offload_param"):
