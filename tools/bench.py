@@ -138,6 +138,7 @@ def write_random_model(folder: Path, size: ModelSize) -> None:
     config = {
         "_class_name": "WanTransformer3DModel", "num_attention_heads": size.heads, "attention_head_dim": size.head_dim,
         "ffn_dim": size.ffn, "num_layers": size.layers, "in_channels": size.in_channels, "out_channels": size.out_channels,
+        "text_dim": size.text_dim, "freq_dim": size.freq_dim, "patch_size": size.patch,
     }  # fmt: skip
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
