@@ -92,7 +92,7 @@ def compare(student: Path, prompt_count: int, teacher_guidance: float) -> dict[s
     Undistilled is the student before its first step, sampled as the student is, without guidance. With guidance, at twice the
     evaluations, it is the harder baseline; the report has it too.
     """
-    prompts, reference_NF = caption_list(prompt_count)(REFERENCE)
+    prompts, reference_NF = caption_list(prompt_count), moving_shapes.read_features(REFERENCE)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher, distilled = VideoModel(TEACHER, device), VideoModel(str(student), device)
     few_step = distilled.settings.few_step
