@@ -19,6 +19,7 @@ from dmd_ds.checkpoint import write_whole
 from dmd_ds.data import moving_shapes
 from dmd_ds.data.latents import LatentsDataset, pad_embeds
 from dmd_ds.data.video import contact_sheet, read_video, write_video
+from dmd_ds.distill.batch import Batch
 from dmd_ds.drift import Measures, deviations, drift, mean_of, measure, outside
 from dmd_ds.errors import UserError, read_json
 from dmd_ds.generation import load_scheduler
@@ -26,32 +27,13 @@ from dmd_ds.parallel.ema import ShardedEMA
 from dmd_ds.parallel.mesh import Mesh
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Recipe, find_file
-from dmd_ds.sampler import Velocity, few_step_schedule, few_step_x0, guided, scheduler_sample
+from dmd_ds.sampler import few_step_schedule, few_step_x0, guided, scheduler_sample
 from dmd_ds.wan.autoencoder import decode, load_autoencoder
-from dmd_ds.wan.denoiser import ImageCondition
 from dmd_ds.wan.discriminator import ScoreModel
 from dmd_ds.wan.image import condition_of
 
 TRAINED, EMA, TEACHER = "trained", "ema", "teacher"
 TEACHER_FILE = "measures.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """The videos that are made as one batch. `places` among all of validation's videos key their noise."""
-
-    places: list[int]
-    prompt_embeds_BLD: torch.Tensor
-    guidance_B: torch.Tensor | None  # what a guidance-embedded model is asked for
-    image: ImageCondition | None
-
-    def by_generator(self, generator: nn.Module) -> Velocity:
-        return lambda x, sigma_B: generator(x, sigma_B, self.prompt_embeds_BLD, guidance_B=self.guidance_B, image=self.image)
-
-    def by_teacher(self, score_model: ScoreModel, embeds_BLD: torch.Tensor) -> Velocity:
-        """The score model's frozen base, under any text."""
-        none_B = torch.zeros(len(self.places), device=embeds_BLD.device)
-        return lambda x, sigma_B: score_model(x, sigma_B, embeds_BLD, none_B, self.guidance_B, self.image).velocity_BCTHW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,50 +105,54 @@ class Validation:
 
     # ---- sampling: every rank makes the same number of forwards ----
 
-    def parts(self) -> Iterator[Part]:
-        """This rank's share of the videos. The last ranks make again what others make, so that all have as many."""
+    def parts(self) -> Iterator[Batch]:
+        """This rank's share of the videos, whose places among all of them key the noise.
+
+        The last ranks make again what others make, so that all have as many.
+        """
         each = -(-len(self.chosen) // self.mesh.data_size)
         mine = [place % len(self.chosen) for place in self.mesh.samples(each)]
         for start in range(0, each, self.settings.batch_size):
             places = mine[start : start + self.settings.batch_size]
             indices, device = [self.chosen[place] for place in places], self.mesh.device
-            yield Part(
-                places,
-                pad_embeds([self.dataset.prompt_embeds(index) for index in indices], self.prompt_tokens).to(device),
-                None if self.guidance is None else torch.full((len(places),), self.guidance, device=device),
-                condition_of(self.dataset, indices, device),
+            yield Batch(
+                samples=places,
+                prompt_embeds_BLD=pad_embeds([self.dataset.prompt_embeds(index) for index in indices], self.prompt_tokens).to(device),
+                latents_shape=self.shape,
+                latents_BCTHW=None,
+                image=condition_of(self.dataset, indices, device),
+                guidance_B=None if self.guidance is None else torch.full((len(places),), self.guidance, device=device),
             )
 
-    def noise(self, part: Part, k: int) -> torch.Tensor:
-        return self.randomness.normal(f"validation/{k}", 0, part.places, self.shape, self.mesh.device)
+    def noise(self, part: Batch, k: int) -> torch.Tensor:
+        return self.randomness.normal(f"validation/{k}", 0, part.samples, self.shape, self.mesh.device)
 
-    def by_generator(self, generator: nn.Module) -> Callable[[Part], torch.Tensor]:
-        def latents(part: Part) -> torch.Tensor:
-            return few_step_x0(part.by_generator(generator), lambda k: self.noise(part, k), self.schedule, self.schedule.steps - 1)
+    def by_generator(self, generator: nn.Module) -> Callable[[Batch], torch.Tensor]:
+        def latents(part: Batch) -> torch.Tensor:
+            return few_step_x0(part.velocity_of(generator), lambda k: self.noise(part, k), self.schedule, self.schedule.steps - 1)
 
         return latents
 
-    def by_teacher(self, score_model: ScoreModel) -> Callable[[Part], torch.Tensor]:
+    def by_teacher(self, score_model: ScoreModel) -> Callable[[Batch], torch.Tensor]:
         """By the score model's frozen base, guided, from the noise that the generator starts from."""
         negative_1LD = pad_embeds([self.dataset.negative_embeds_LD], self.prompt_tokens).to(self.mesh.device)
 
-        def latents(part: Part) -> torch.Tensor:
-            conditional = part.by_teacher(score_model, part.prompt_embeds_BLD)
-            unconditional = part.by_teacher(score_model, negative_1LD.expand(len(part.places), -1, -1))
+        def latents(part: Batch) -> torch.Tensor:
+            conditional, unconditional = part.real_velocity_of(score_model), part.real_velocity_of(score_model, negative_1LD)
             field = guided(conditional, unconditional, self.two_pass_guidance)
             return scheduler_sample(field, load_scheduler(self.model), self.settings.teacher_steps, self.noise(part, 0))
 
         return latents
 
     @torch.no_grad()
-    def see(self, latents: Callable[[Part], torch.Tensor]) -> list[Seen]:
+    def see(self, latents: Callable[[Batch], torch.Tensor]) -> list[Seen]:
         """All the videos in order on the first rank, nothing elsewhere; every rank calls it."""
         mine: dict[int, Seen] = {}
         for part in self.parts():
             latents_BCTHW = latents(part)
             videos = decode(self.vae, latents_BCTHW).numpy()
             if self.mesh.leads_sample:
-                for place, video, latents_CTHW in zip(part.places, videos, latents_BCTHW, strict=True):
+                for place, video, latents_CTHW in zip(part.samples, videos, latents_BCTHW, strict=True):
                     mine[place] = self.keep(place, video, latents_CTHW)
         gathered = self.mesh.gather_objects(mine)
         if gathered is None:
