@@ -120,7 +120,7 @@ def markdown(found: dict[str, list[dict[str, float]]]) -> str:
 
 
 def study_runs(study: Study, out: Path, jobs: int) -> None:
-    recipes = {(name, seed): study.recipe_of(name, seed, out) for name in study.runs for seed in study.seeds}
+    recipes = {(name, seed): study.recipe_of(name, seed, out) for seed in study.seeds for name in study.runs}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         waiting = []
