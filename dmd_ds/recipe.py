@@ -113,6 +113,7 @@ class Regression(Section):
 
     steps: NotNegative = Field(0, description="trainer steps of it, each an update of the generator alone; 0: none")
     teacher_steps: Positive = Field(20, description="of the teacher's path, second order, beside the generator's own noise levels")
+    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="null: generator.lr")
 
 
 class Gan(Section):
