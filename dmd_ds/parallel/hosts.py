@@ -152,20 +152,23 @@ class RollCall:
         store = self.store.clone()
         while not self._closed.wait(self.BEAT_S):
             if time.monotonic() - self._marked_at > self.hang_timeout_s:
-                waited = f"no progress for {self.hang_timeout_s:g} s (parallel.hang_timeout)"
-                report(RunError(f"{waited}: {self._standing(store)}; the same command resumes the run"))
-                faulthandler.dump_traceback()  # where this one is, for whoever wants to know why
-                os._exit(1)
+                self._end(store)
+
+    def _end(self, store: dist.Store) -> None:
+        standing = [f"{self._named([0])} does not answer"]  # unless the store, which is there, does
+        asking = threading.Thread(target=lambda: standing.append(self._standing(store)), daemon=True)
+        asking.start()
+        asking.join(3 * self.LISTEN_S)
+        waited = f"no progress for {self.hang_timeout_s:g} s (parallel.hang_timeout)"
+        report(RunError(f"{waited}: {standing[-1]}; the same command resumes the run"))
+        faulthandler.dump_traceback()  # where this one is, for whoever wants to know why
+        os._exit(1)
 
     def _standing(self, store: dist.Store) -> str:
         """Names the ranks that hold up the others: those that do nothing at all any more, else those that have come least far."""
-        store.set_timeout(timedelta(seconds=self.LISTEN_S))
         if lost := self._lost(store):
             return f"{lost} does not answer"
-        try:
-            progress = [store.get(self._progress_key(rank)).decode().split(" ", 1) for rank in range(self.world_size)]
-        except dist.DistError:
-            return f"{self._named([0])} does not answer"
+        progress = [store.get(self._progress_key(rank)).decode().split(" ", 1) for rank in range(self.world_size)]
         least = min(int(marks) for marks, _ in progress)
         behind = [rank for rank, (marks, _) in enumerate(progress) if int(marks) == least]
         who = "all ranks stand" if len(behind) == self.world_size else f"{self._named(behind)} stands"
