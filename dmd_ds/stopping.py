@@ -1,8 +1,17 @@
-"""What ends a run before its last step, so that it can save first: a signal, its time, or a file in its folder."""
+"""What ends a run before its last step, so that it can save first: a signal, its time, or a file in its folder. And what
+keeps it from beginning: another one in the same folder."""
 
+import contextlib
+import fcntl
+import os
 import signal
+import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from dmd_ds.errors import UserError
+from dmd_ds.parallel.mesh import Mesh
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of an administrator, and of Slurm before it takes the machines away
 STOP = "STOP"
@@ -45,3 +54,22 @@ class Stopping:
         """The run ends: the same command is to go on and not to end at once again."""
         if self.file:
             self.file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone_in(run: Path, mesh: Mesh) -> Iterator[None]:
+    """`UserError` when another job trains in this folder. What keeps others out goes with the first rank's process, however it ends."""
+    if not mesh.is_first:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise UserError(f"output_dir={run}: another job trains there, {lock.read().strip()}; wait for it or stop it") from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield

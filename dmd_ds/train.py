@@ -9,6 +9,7 @@ there is none. The same command goes on where a run stopped.
 
 import argparse
 import os
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,7 @@ from dmd_ds.errors import one_line_errors
 from dmd_ds.inputs import check_inputs
 from dmd_ds.parallel.mesh import joined
 from dmd_ds.recipe import load_recipe, shipped_recipes
+from dmd_ds.stopping import alone_in
 from dmd_ds.trainer import Trainer
 
 
@@ -49,7 +51,7 @@ def main() -> None:
         if speaks:
             print(inputs.summary(), flush=True)
         if not arguments.dry_run:
-            with joined(inputs.recipe.parallel) as mesh:
+            with joined(inputs.recipe.parallel) as mesh, alone_in(Path(inputs.recipe.output_dir), mesh):
                 Trainer(inputs, mesh).train()
 
 

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import signal
 import socket
 import threading
 import time
@@ -59,6 +60,20 @@ def hostfile_slots() -> tuple[str, Slots] | None:
     return None
 
 
+def launchers() -> list[psutil.Process]:
+    """The deepspeed commands above this process on this machine; none under another launcher."""
+    with contextlib.suppress(psutil.Error):
+        above = [(process, process.cmdline()) for process in psutil.Process().parents()]
+        return [p for p, words in above if argument(p, "world_info") or any(os.path.basename(word) == "deepspeed" for word in words[:2])]
+    return []
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def check_slots() -> None:
     """`UserError` when the command asks for more ranks on a host than its hostfile has slots there."""
     launched, offered = launched_slots(), hostfile_slots()
@@ -92,6 +107,7 @@ class RollCall:
 
     A rank that is about to end closes first: the interpreter must not go away under a thread that is inside the store.
     Once it has marked its progress, a rank that marks none for `hang_timeout_s` ends, and says which of all ranks stands.
+    A rank whose launcher is gone asks itself to end with SIGTERM: nobody watches the job any more, and another may be started.
     """
 
     BEAT_S = 0.5
@@ -149,10 +165,13 @@ class RollCall:
         return f"progress/{rank}"
 
     def _watch(self) -> None:
-        store = self.store.clone()
+        store, above = self.store.clone(), launchers()
         while not self._closed.wait(self.BEAT_S):
             if time.monotonic() - self._marked_at > self.hang_timeout_s:
                 self._end(store)
+            if not all(map(is_alive, above)):
+                above = []
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _end(self, store: dist.Store) -> None:
         standing = [f"{self._named([0])} does not answer"]  # unless the store, which is there, does
