@@ -126,8 +126,8 @@ def one_run(run: Path, ranks: int, undisturbed: list[dict], number: int, seed: i
     newest = checkpoint.latest(run)
     if newest:
         checkpoint.check_files(newest, checkpoint.read_manifest(newest))
-    left = sorted(path.name for path in (run / "checkpoints").glob("step_*")) if newest else []
-    row |= {"latest": newest.name if newest else "-", "unfinished": sum(name.endswith(checkpoint.UNFINISHED) for name in left)}
+    unfinished = list((run / "checkpoints").glob(f"step_*{checkpoint.UNFINISHED}"))
+    row |= {"latest": newest.name if newest else "-", "unfinished": len(unfinished)}
     ended = Job(run, ranks, background).end()
     return row | {"equal": ended == 0 and numbers(run) == undisturbed}
 
