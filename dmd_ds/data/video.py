@@ -4,6 +4,7 @@ Videos are uint8 `[T, H, W, 3]`.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,7 @@ class VideoSize(NamedTuple):
     def parse(cls, text: str) -> "VideoSize":
         """Of `81x480x832`: frames x height x width."""
         numbers = text.split("x")
-        if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
+        if len(numbers) != 3 or not all(re.fullmatch(r"[0-9]{1,6}", number) and int(number) for number in numbers):
             raise UserError(f"{text!r} is no size of a video; write frames x height x width, as 81x480x832")
         return cls(*map(int, numbers))
 

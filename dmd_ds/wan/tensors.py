@@ -6,12 +6,14 @@ import pickle
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
 from dmd_ds.errors import UserError, read_json
+from dmd_ds.recipe import validated
 
 WEIGHTS = "diffusion_pytorch_model"
 STEMS = (WEIGHTS, "model")  # what diffusers and what transformers call their files
@@ -21,6 +23,10 @@ TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 # ---- in ---------------------------------------------------------------------------------------------------------------
+
+
+class WeightIndex(BaseModel):
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/\\\x00]+\.safetensors$")]]  # files of the same folder and of no other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +67,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         if single.is_file():
             return read_header(single)
         if index.is_file():
-            named = read_json(index).get("weight_map")
-            if not isinstance(named, dict):
-                raise UserError(f"{index}: the key weight_map is missing")
+            named = validated(WeightIndex, read_json(index), str(index)).weight_map
             missing = [file for file in sorted(set(named.values())) if not (folder / file).is_file()]
             if missing:
                 raise UserError(f"{folder / missing[0]} is missing, though {index.name} names it")
