@@ -27,7 +27,7 @@ Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Shard(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="of its two files, without their endings; always in the dataset's folder")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,100}$", description="of its two files in the dataset's folder, but for their endings")
     samples: Positive
 
 

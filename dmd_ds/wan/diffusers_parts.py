@@ -7,14 +7,14 @@ with the tensors of the safetensors beside it and with no others. So no class, c
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from accelerate import init_empty_weights
+import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from dmd_ds.errors import UserError, read_json_mapping
 from dmd_ds.recipe import validated
-from dmd_ds.wan.original_parts import filled
+from dmd_ds.wan.original_parts import filled, layers_of
 from dmd_ds.wan.tensors import stored_tensors
 
 Size = Annotated[int, Field(ge=1, le=2**20)]
@@ -53,7 +53,7 @@ class Autoencoder(Part):
     decoder_base_dim: Size | None = None
     z_dim: Size = 16
     dim_mult: list[Few] = Field([1, 2, 4, 4], min_length=1, max_length=8)
-    num_res_blocks: Few = 2
+    num_res_blocks: Annotated[int, Field(ge=1, le=8)] = 2
     attn_scales: list[float] = []
     temperal_downsample: list[bool] = [False, True, True]
     dropout: Share = 0.0
@@ -85,7 +85,7 @@ class Vision(Part):
     hidden_size: Size
     intermediate_size: Size
     num_hidden_layers: Few
-    num_attention_heads: Size
+    num_attention_heads: Size = 12
     image_size: Annotated[int, Field(ge=1, le=4096)] = 224
     patch_size: Size = 32
     num_channels: Literal[3] = 3
@@ -152,32 +152,43 @@ def autoencoder(folder: Path) -> AutoencoderKLWan:
         raise UserError(f"{path}: latents_mean and latents_std are {counts} numbers, z_dim={sizes.z_dim} has as many channels")
     if len(sizes.temperal_downsample) != len(sizes.dim_mult) - 1:
         raise UserError(f"{path}: temperal_downsample={sizes.temperal_downsample} is not one less than dim_mult={sizes.dim_mult}")
-    with init_empty_weights():
+    with torch.device("meta"):  # no memory for sizes that the tensors may not have
         vae = AutoencoderKLWan(**sizes.model_dump(exclude_unset=True))
     return filled(vae, {name: tensor.read() for name, tensor in stored_tensors(folder).items()}, folder)
 
 
 def text_encoder(folder: Path) -> UMT5EncoderModel:
-    config = given(Text, folder / "config.json")
-    tensors = {name: tensor.read() for name, tensor in stored_tensors(folder).items()}
+    path = folder / "config.json"
+    config, stored = given(Text, path), stored_tensors(folder)
+    check_layers(path, "num_layers", config["num_layers"], layers_of(stored, "encoder.block."))
+    tensors = {name: tensor.read() for name, tensor in stored.items()}
     if "shared.weight" in tensors:  # one table under two names, of which a file may hold one alone
         tensors.setdefault("encoder.embed_tokens.weight", tensors["shared.weight"])
-    with init_empty_weights():
+    with torch.device("meta"):
         encoder = UMT5EncoderModel(UMT5Config(**config))
     return filled(encoder, tensors, folder)
 
 
+def check_layers(path: Path, key: str, said: int, stored: int) -> None:
+    """`UserError` unless as many layers are stored as the configuration says: before so many are built."""
+    if said != stored:
+        raise UserError(f"{path}: {key}={said}, the tensors beside it are of {stored} layers")
+
+
 def image_encoder(folder: Path) -> CLIPVisionModel:
     path = folder / "config.json"
-    sizes = CLIPVisionConfig(**given(Vision, path))
+    sizes = validated(Vision, read_json_mapping(path), str(path))
     for whole, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
         if getattr(sizes, whole) % getattr(sizes, part):
             raise UserError(f"{path}: {part}={getattr(sizes, part)} does not divide {whole}={getattr(sizes, whole)}")
-    tensors = {name.removeprefix("vision_model."): tensor.read() for name, tensor in stored_tensors(folder).items()}
-    tensors.pop("embeddings.position_ids", None)  # in older files: the numbers 0, 1, 2, ...
-    with init_empty_weights():
-        encoder = CLIPVisionModel(sizes)
-    return filled(encoder, tensors, folder)
+    stored = {name.removeprefix("vision_model."): tensor for name, tensor in stored_tensors(folder).items()}
+    stored.pop("embeddings.position_ids", None)  # in older files: the numbers 0, 1, 2, ...
+    check_layers(path, "num_hidden_layers", sizes.num_hidden_layers, layers_of(stored, "encoder.layers."))
+    with torch.device("meta"):
+        encoder = CLIPVisionModel(CLIPVisionConfig(**sizes.model_dump(exclude_unset=True)))
+    encoder = filled(encoder, {name: tensor.read() for name, tensor in stored.items()}, folder)
+    encoder.embeddings.position_ids = torch.arange(encoder.embeddings.num_positions)[None]  # a buffer that no file holds
+    return encoder
 
 
 def image_processor(folder: Path) -> CLIPImageProcessorPil:

@@ -95,6 +95,8 @@ def diffusers_config(shapes: Mapping[str, tuple[int, ...]], config: Mapping, whe
     heads = config.get("num_heads", width // HEAD_WIDTH)
     if type(heads) is not int or heads < 1 or width % heads:
         raise UserError(f"{where}: config.json's num_heads={SHORT.repr(heads)} does not divide the width {width}")
+    if width // heads % 2:
+        raise UserError(f"{where}: {heads} heads of {width // heads} of the width {width}; rotary positions turn pairs, so it must be even")
     eps = config.get("eps", 1e-6)
     if not isinstance(eps, float) or not 0 < eps < 1:
         raise UserError(f"{where}: config.json's eps={SHORT.repr(eps)} is no small number, such as 1e-6")

@@ -5,8 +5,9 @@ google/umt5-xxl, and for image to video models_clip_*.pth. What the tensors do n
 """
 
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -41,7 +42,8 @@ IMAGE_TOP = {"patch_embedding": "embeddings.patch_embedding", "pre_norm": "pre_l
 
 def is_original(folder: Path) -> bool:
     """Whether the folder is laid out as the original's; diffusers' has a model_index.json."""
-    return not (folder / "model_index.json").is_file() and any(folder.glob(f"{WEIGHTS}*.safetensors*"))
+    # os.path: unlike Path.is_dir it takes any text for a name, the longest too
+    return os.path.isdir(folder) and not (folder / "model_index.json").is_file() and any(folder.glob(f"{WEIGHTS}*.safetensors*"))
 
 
 def find_part(folder: Path, pattern: str) -> Path:
@@ -80,7 +82,7 @@ def shape_of(tensors: Mapping[str, torch.Tensor], name: str, dimensions: int, fi
     return shape
 
 
-def layers_of(tensors: Mapping[str, torch.Tensor], stem: str) -> int:
+def layers_of(tensors: Iterable[str], stem: str) -> int:
     """How many numbers follow the stem among the names; those of more layers than that are then unknown tensors."""
     return len({name.removeprefix(stem).split(".")[0] for name in tensors if name.startswith(stem)})
 

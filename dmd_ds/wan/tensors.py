@@ -18,6 +18,10 @@ from dmd_ds.recipe import validated
 WEIGHTS = "diffusion_pytorch_model"
 STEMS = (WEIGHTS, "model")  # what diffusers and what transformers call their files
 INDEX = f"{WEIGHTS}.safetensors.index.json"
+BROKEN_PICKLE = (  # what torch.load raises of bytes that are not what it wrote
+    *(pickle.UnpicklingError, RuntimeError, OSError, EOFError, struct.error),
+    *(LookupError, ValueError, TypeError, AttributeError, OverflowError, AssertionError, MemoryError),
+)
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
@@ -93,8 +97,9 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .pth file, by name, left on disk until they are used. Nothing in it is run."""
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        raise UserError(f"{file}: not readable as a file of tensors: {str(error).splitlines()[0]}") from error
+    except BROKEN_PICKLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file}: not readable as a file of tensors: {reason}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise UserError(f"{file}: holds other things than named tensors")
     return tensors

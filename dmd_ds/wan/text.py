@@ -7,7 +7,7 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from dmd_ds.errors import read_json_mapping
+from dmd_ds.errors import UserError, read_json_mapping
 from dmd_ds.wan import diffusers_parts, original_parts
 from dmd_ds.wan.denoiser import TEXT_TOKENS
 from dmd_ds.wan.original_parts import is_original
@@ -30,7 +30,10 @@ def load_text_encoder(folder: Path, device: torch.device) -> TextEncoder:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Of a folder that may come from elsewhere: code that it brings along is not run."""
     read_json_mapping(folder / "tokenizer_config.json")
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise UserError(f"{folder}: not readable as a tokenizer: {error}") from error
 
 
 @torch.no_grad()

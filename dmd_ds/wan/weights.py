@@ -3,6 +3,7 @@
 A model is a diffusers folder or an original Wan2.1 folder; its content tells which. Tensors go by diffusers' names.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 
 from dmd_ds.errors import UserError, read_json_mapping
@@ -43,14 +44,14 @@ def find_model(path: str) -> Path:
 
 def is_hub_name(path: str) -> bool:
     """`organisation/name`, and nothing here has that name."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not Path(path).exists()
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not os.path.exists(path)
 
 
 def find_hub_copy(name: str) -> Path:
     """The local copy of a hub's repository, downloaded when it is not there yet."""
     try:
         return Path(snapshot_download(name))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.path={name}: no such folder here, and the hub's {name} cannot be had: {reason}") from error
 
