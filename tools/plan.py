@@ -12,12 +12,13 @@ import argparse
 import json
 from pathlib import Path
 
-from dmd_ds.errors import UserError, one_line_errors, read_json
+from dmd_ds.errors import UserError, one_line_errors, read_json_mapping
 from dmd_ds.parallel.engine import parse_ds_config
 from dmd_ds.planner.choose import Plan, cheapest, plan
 from dmd_ds.planner.cost import Machine, between_nodes, collectives
 from dmd_ds.planner.sizes import PUBLISHED, ModelSize, Setup, Video, published_size, setup_of
-from dmd_ds.recipe import PACKAGE, Recipe, find_ds_config, load_recipe
+from dmd_ds.recipe import PACKAGE, Recipe, find_ds_config, load_recipe, validated
+from dmd_ds.wan.diffusers_parts import Transformer
 
 GB = 1e9
 
@@ -26,7 +27,8 @@ def model_size(recipe: Recipe, name: str) -> ModelSize:
     """Of the model's own configuration where it lies on disk, else of the published size that the names speak of."""
     for folder in (Path(recipe.model.path), PACKAGE / "assets" / recipe.model.path):
         if (folder / "transformer" / "config.json").is_file():
-            return ModelSize.from_config(read_json(folder / "transformer" / "config.json"))
+            path = folder / "transformer" / "config.json"
+            return ModelSize.from_config(validated(Transformer, read_json_mapping(path), str(path)).model_dump())
     size = published_size(recipe.model.path, name)
     if size is None:
         known = " or ".join(PUBLISHED)

@@ -57,6 +57,7 @@ def find_hub_copy(name: str) -> Path:
 
 
 def check_diffusers_parts(path: str, folder: Path) -> None:
+    read_json_mapping(folder / "model_index.json")
     configs = ["transformer/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json"]
     weights = ["transformer", "vae", "text_encoder"]
     if (folder / configs[0]).is_file() and takes_image(transformer_config(folder)):
