@@ -70,6 +70,10 @@ def parse_ds_config(file: Path) -> dict[str, Any]:
     stage = config["zero_optimization"].get("stage") if isinstance(config.get("zero_optimization"), dict) else None
     if type(stage) is not int or stage != 3:
         raise UserError(f"{file}: zero_optimization.stage={SHORT.repr(stage)}; this project shards weights, which is stage 3")
+    for key in ("offload_param", "offload_optimizer"):  # DeepSpeed passes over the word "auto" here
+        offload = config["zero_optimization"].get(key)
+        if not isinstance(offload, dict | None):
+            raise UserError(f"{file}: zero_optimization.{key}={SHORT.repr(offload)}: a mapping with device is expected")
     if validated(DSConfig, config, str(file)).fp16.enabled:
         raise UserError(f"{file}: fp16 is enabled; this project trains in bf16 on accelerators and fp32 on the CPU")
     return config

@@ -44,9 +44,9 @@ CPU = torch.device("cpu")
 KINDS = {".json": damaged_json, ".jsonl": damaged_lines, ".safetensors": damaged_safetensors, ".yaml": damaged_json}
 
 
-def fuzz(files: list[Path], read: Callable[[], object], inputs: int = INPUTS, seed: int = 0) -> None:
+def fuzz(files: list[Path], read: Callable[[], object], inputs: int = INPUTS) -> None:
     """Damages one file after the other, each by its kind, and puts it right again; only `UserError` may come out."""
-    rng, whole = random.Random(seed), {file: file.read_bytes() for file in files}
+    rng, whole = random.Random(0), {file: file.read_bytes() for file in files}
     refused = 0
     for number in range(inputs):
         file = files[number % len(files)]
@@ -149,13 +149,13 @@ def test_prompts_and_the_names_made_of_them(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\n two über \n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two", "seed": 70, "image": "a.png"}\n')
 
-    def read():
-        for file in ("p.txt", "p.jsonl"):
-            for number, job in enumerate(read_jobs(tmp_path / file, 5)):
-                name = dataclasses.replace(job, image=None).name(number, Settings(), "m", "")
-                assert Path(name).name == name and name.isascii() and len(name) < 255
+    def read(file: str):
+        for number, job in enumerate(read_jobs(tmp_path / file, 5)):
+            name = dataclasses.replace(job, image=None).name(number, Settings(), "m", "")
+            assert Path(name).name == name and name.isascii() and len(name) < 255
 
-    fuzz([tmp_path / "p.txt", tmp_path / "p.jsonl"], read, 2 * INPUTS)
+    for name in ("p.txt", "p.jsonl"):
+        fuzz([tmp_path / name], lambda name=name: read(name))
 
 
 def test_manifests(tmp_path):
@@ -186,11 +186,8 @@ def test_lists_of_clips(tmp_path):
     (tmp_path / "clips" / "a.mp4").touch()
     (tmp_path / "clips" / "a.txt").write_text("ein rotes Dreieck, häßlich\n")
 
-    def read():
-        for source in ("a.jsonl", "videos2caption.json", "clips"):
-            assert list_clips(tmp_path / source)
-
-    fuzz([tmp_path / "a.jsonl", tmp_path / "videos2caption.json", tmp_path / "clips" / "a.txt"], read, 3 * INPUTS)
+    for source, file in (("a.jsonl",) * 2, ("videos2caption.json",) * 2, ("clips", "clips/a.txt")):
+        fuzz([tmp_path / file], lambda source=source: list_clips(tmp_path / source))
 
 
 def test_videos(tmp_path):
