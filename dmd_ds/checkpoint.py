@@ -1,98 +1,291 @@
 """Checkpoints of a run: a folder a step, with a folder an engine, and `latest`, which names the newest whole one.
 
-checkpoints/step_000500/{generator,fake_score}/   DeepSpeed's own files, one set a rank; frozen weights are not in them
-checkpoints/step_000500/ema/                      the generator's average, where there is one: a file a rank
-checkpoints/step_000500/state.json                step, ranks, video size, versions
+checkpoints/step_000500/{generator,fake_score}/   what each engine trains, with its optimiser's state: dmd_ds/shards.py
+checkpoints/step_000500/ema/                      the generator's average, where there is one, likewise
+checkpoints/step_000500/state.json                step, ranks, global batch, video size, versions
 checkpoints/step_000500/recipe.yaml               the recipe it was trained with
+checkpoints/step_000500/manifest.json             size and hash of each of these files
 checkpoints/latest                                "step_000500", written when all ranks have finished
 checkpoints/best                                  likewise, of the one with the best score of those that were looked at
+
+Frozen weights are not in them. A checkpoint is written as `step_000500.unfinished` and gets its name when it is whole.
 """
 
+import hashlib
 import json
-import pickle
+import os
 import shutil
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import ValidationError
 
 from dmd_ds import __version__
 from dmd_ds.errors import UserError, read_json
-from dmd_ds.parallel.ema import ShardedEMA, rank_file
 from dmd_ds.parallel.mesh import Mesh
-from dmd_ds.recipe import Recipe, dump_recipe, known_keys, load_recipe
+from dmd_ds.parallel.state import ShardedState
+from dmd_ds.recipe import NotNegative, Positive, Recipe, Section, dump_recipe, explain, known_keys, load_recipe
+from dmd_ds.shards import PartFile, Shards
 
 LATEST, BEST = "latest", "best"
 EMA = "ema"
 STATE = "state.json"
 RECIPE = "recipe.yaml"
-MAY_CHANGE = {"output_dir", "max_steps", "save_every", "keep_checkpoints"}
+MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"
+# how long it runs, what it keeps and where it computes what; data.batch_size and .accumulation as far as the global batch stays
+MAY_CHANGE = {
+    "output_dir", "max_steps", "max_hours", "save_every", "keep_checkpoints", "keep_every", "background_save", "max_skipped_updates",
+    "activation_checkpointing", "activation_offload", "data.batch_size", "data.accumulation", "generator.ds_config", "fake_score.ds_config",
+}  # fmt: skip
+MAY_CHANGE_IN = ("validation.", "parallel.")
+
+
+class State(Section):
+    """What state.json says."""
+
+    step: NotNegative  # steps taken before it was written
+    score: float | None
+    world_size: Positive
+    global_batch_size: Positive
+    video: dict[str, float]
+    versions: dict[str, str]
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_whole(path: Path, text: str) -> None:
     """Writes beside and renames: a file of this name is never half written."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.rename(path)
 
 
-def save(
-    run: Path,
-    step: int,
-    engines: dict[str, deepspeed.DeepSpeedEngine],
-    ema: ShardedEMA | None,
-    recipe: Recipe,
-    video: dict[str, float],
-    score: float | None,
-    is_best: bool,
-    mesh: Mesh,
-) -> Path:
-    """Writes the checkpoint after `step` steps; all ranks call it. `video`: frames, height, width, fps of the training data;
-    `score`: what the look at this step gave, less is better; `is_best`: than all before."""
-    folder = run / "checkpoints" / f"step_{step:06d}"
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    if mesh.is_first:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        (unfinished / EMA if ema else unfinished).mkdir(parents=True)
-    mesh.barrier()
-    if ema:
-        ema.save(unfinished / EMA, mesh.rank)
-    for name, engine in engines.items():
-        engine.save_checkpoint(str(unfinished), tag=name, save_latest=False, exclude_frozen_parameters=True)
-    mesh.barrier()
-    for name in engines:  # on every node: a node without the shared folder sees only its own ranks' files
-        written = len(list((unfinished / name).glob("*_optim_states.pt")))
-        if written != mesh.world_size:
-            raise UserError(f"{unfinished / name}: {written} of {mesh.world_size} rank files; output_dir must be one folder for all nodes")
-    mesh.barrier()
-    if mesh.is_first:
-        versions = {"dmd_ds": __version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__}
-        state = {"step": step, "world_size": mesh.world_size, "video": video, "score": score, **versions}
-        (unfinished / RECIPE).write_text(dump_recipe(recipe))
-        (unfinished / STATE).write_text(json.dumps(state, indent=1) + "\n")
-        if folder.exists():
+def fingerprint(file: Path) -> dict[str, int | str]:
+    """Size and hash of a file's content."""
+    with file.open("rb") as content:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def flush(file: Path) -> None:
+    """To the disk itself, so that a machine that loses its power has it."""
+    with file.open("rb") as content:
+        os.fsync(content.fileno())
+
+
+class Writing:
+    """This rank's files of one checkpoint, on their way to the disk."""
+
+    def __init__(self, folder: Path, states: dict[str, ShardedState], mesh: Mesh, copy: bool):
+        self.folder, self.rank = folder, mesh.rank
+        self.files = [PartFile(state, folder / name, mesh.rank, mesh.world_size, copy) for name, state in states.items()]
+        self.error: OSError | None = None
+        self.is_done = False
+
+    def run(self) -> None:
+        try:
+            written = [path for part in self.files for path in part.write()]
+            for path in written:
+                flush(path)
+            prints = {str(path.relative_to(self.folder)): fingerprint(path) for path in written}
+            (self.folder / rank_manifest(self.rank)).write_text(json.dumps(prints))
+        except OSError as error:
+            self.error = error
+        self.files = []
+        self.is_done = True
+
+
+def rank_manifest(rank: int) -> str:
+    return f"manifest_{rank:05d}.json"
+
+
+class Checkpoints:
+    """Writes a run's checkpoints; all ranks call everything alike.
+
+    `states`: what is trained, by the name of its folder. `video`: frames, height, width, fps of the training data.
+    With `recipe.background_save` a checkpoint is copied into the host's memory and written while training goes on; `finish` ends that.
+    """
+
+    def __init__(self, run: Path, recipe: Recipe, states: dict[str, ShardedState], video: dict[str, float], mesh: Mesh):
+        self.folder, self.recipe, self.states, self.video, self.mesh = run / "checkpoints", recipe, states, video, mesh
+        self.writing: Writing | None = None
+        self.thread: threading.Thread | None = None
+        self.state: State | None = None
+        self.is_best = False
+        if mesh.is_first:
+            for left in self.folder.glob(f"step_*{UNFINISHED}"):
+                shutil.rmtree(left)
+
+    def load(self, folder: Path) -> None:
+        """Every rank reads its parts, from files of any number of ranks, after all of them have been checked together."""
+        files, problem = sorted(read_manifest(folder)), None
+        try:
+            check_files(folder, files[self.mesh.rank :: self.mesh.world_size])
+        except UserError as error:
+            problem = str(error)
+        problems = [problem for problem in self.mesh.all_gather_objects(problem) if problem]
+        if problems:
+            raise UserError(problems[0])
+        for name, state in self.states.items():
+            load_state(state, folder / name, self.mesh)
+
+    def save(self, step: int, score: float | None, is_best: bool) -> None:
+        """Begins to write the checkpoint after `step` steps, and finishes it too unless that is left to the background.
+
+        `score`: what the look at this step gave, less is better; `is_best`: than all before.
+        """
+        self.finish()
+        self.is_best = is_best
+        self.state = State(
+            step=step,
+            score=score,
+            world_size=self.mesh.world_size,
+            global_batch_size=self.recipe.global_batch_size(self.mesh.world_size),
+            video=self.video,
+            versions={"dmd_ds": __version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__},
+        )
+        folder = self.folder / f"step_{step:06d}{UNFINISHED}"
+        problem = None
+        if self.mesh.is_first:
+            try:
+                for name in self.states:
+                    (folder / name).mkdir(parents=True)
+            except OSError as error:
+                problem = f"cannot be made: {error.strerror}"
+        self.mesh.barrier()
+        if not problem and not all((folder / name).is_dir() for name in self.states):
+            problem = f"is not there for rank {self.mesh.rank}; output_dir must be one folder for all nodes"
+        self._raise_first(folder, problem)
+        background = self.recipe.background_save
+        self.writing = Writing(folder, self.states, self.mesh, copy=background)
+        if background:
+            self.thread = threading.Thread(target=self.writing.run, name="checkpoint")
+            self.thread.start()
+        else:
+            self.writing.run()
+            self.finish()
+
+    @property
+    def is_written_here(self) -> bool:
+        """Whether this rank's part of a checkpoint waits to be finished, or failed."""
+        return self.writing is not None and self.writing.is_done
+
+    def finish(self) -> None:
+        """Waits until all ranks have written, and names the checkpoint; nothing where none is being written."""
+        if self.writing is None:
+            return
+        if self.thread:
+            self.thread.join()
+        writing, self.writing, self.thread = self.writing, None, None
+        assert writing.is_done, "the thread that writes ended with the error above"
+        self._raise_first(writing.folder, f"cannot be written: {writing.error}" if writing.error else None)
+        problem = None
+        if self.mesh.is_first:
+            try:
+                self._name(writing.folder)
+            except OSError as error:
+                problem = f"cannot be written: {error}"
+        self._raise_first(writing.folder, problem)
+
+    def _raise_first(self, unfinished: Path, problem: str | None) -> None:
+        """`UserError` on all ranks where one of them has a problem, and nothing half written is left."""
+        problems = [problem for problem in self.mesh.all_gather_objects(problem) if problem]
+        if problems:
+            if self.mesh.is_first:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise UserError(f"{unfinished} {problems[0]}")
+
+    def _name(self, unfinished: Path) -> None:
+        """Puts what describes it beside the ranks' files, checks that all is there, and gives it its name and `latest`."""
+        world_size = self.mesh.world_size
+        (unfinished / RECIPE).write_text(dump_recipe(self.recipe))
+        (unfinished / STATE).write_text(json.dumps(self.state.model_dump(mode="json"), indent=1) + "\n")
+        prints = {name: fingerprint(unfinished / name) for name in (RECIPE, STATE)}
+        for rank in range(world_size):
+            prints |= read_json(unfinished / rank_manifest(rank))
+            (unfinished / rank_manifest(rank)).unlink()
+        write_whole(unfinished / MANIFEST, json.dumps({"files": prints}, indent=1) + "\n")
+        check_sizes(unfinished)
+        folder = unfinished.with_name(unfinished.name.removesuffix(UNFINISHED))
+        if folder.exists():  # a run that was sent back to an older one comes by again
             shutil.rmtree(folder)
         unfinished.rename(folder)
         write_whole(folder.with_name(LATEST), folder.name)
-        if is_best:
+        if self.is_best:
             write_whole(folder.with_name(BEST), folder.name)
-        if recipe.keep_checkpoints is not None:
-            remove_old(run, recipe.keep_checkpoints)
-    mesh.barrier()
-    return folder
+        remove_old(folder.parent.parent, self.recipe)
 
 
-def remove_old(run: Path, newest: int) -> None:
-    """Keeps the newest so many and the best. (A run that was sent back to an older one has newer ones than its latest.)"""
+def remove_old(run: Path, recipe: Recipe) -> None:
+    """Keeps the newest so many, every so many steps' and the best. (A run that was sent back has newer ones than its latest.)"""
+    if recipe.keep_checkpoints is None:
+        return
     named = pointed(run, BEST), pointed(run, LATEST)
-    whole = sorted((run / "checkpoints").glob("step_*[0-9]"), key=lambda folder: int(folder.name.removeprefix("step_")))
-    for folder in whole[:-newest]:
-        if folder not in named:
+    whole = sorted((run / "checkpoints").glob("step_*[0-9]"), key=step_of)
+    for folder in whole[: -recipe.keep_checkpoints]:
+        if folder not in named and not (recipe.keep_every and step_of(folder) % recipe.keep_every == 0):
             shutil.rmtree(folder)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_state(state: ShardedState, folder: Path, mesh: Mesh) -> None:
+    """`UserError` where it is of other weights than those that are trained here."""
+    shards = Shards(folder)
+    if shards.shapes != state.shapes:
+        apart = {name for name in shards.shapes.keys() | state.shapes.keys() if shards.shapes.get(name) != state.shapes.get(name)}
+        raise UserError(f"{folder}: its weights are not those of this recipe; {min(apart)} differs")
+    state.load(lambda kind, part: shards.part(kind, part.name, mesh.rank, mesh.world_size), shards.kinds, shards.numbers)
+
+
+def read_manifest(folder: Path) -> dict[str, dict]:
+    """By file, relative to the checkpoint."""
+    found = read_json(folder / MANIFEST)
+    files = found.get("files") if isinstance(found, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()):
+        raise UserError(f"{folder / MANIFEST}: lists no files with bytes and sha256")
+    strange = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
+    if strange:
+        raise UserError(f"{folder / MANIFEST}: {strange[0]} is outside of the checkpoint")
+    return files
+
+
+def check_sizes(folder: Path, names: Iterable[str] | None = None) -> None:
+    """`UserError` names the first file, of these or of all, that is not as long as it was written."""
+    manifest = read_manifest(folder)
+    for name in manifest if names is None else names:
+        entry = manifest[name]
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != entry["bytes"]:
+            size = "missing" if found is None else f"{found} bytes"
+            raise UserError(f"{folder / name}: {size}, written were {entry['bytes']} bytes; {another()}")
+
+
+def check_files(folder: Path, names: Iterable[str]) -> None:
+    """`UserError` names the first of these files that is not what was written."""
+    names, manifest = list(names), read_manifest(folder)
+    check_sizes(folder, names)
+    with ThreadPoolExecutor() as pool:
+        for name, found in zip(names, pool.map(lambda name: fingerprint(folder / name), names), strict=True):
+            if found["sha256"] != manifest[name]["sha256"]:
+                raise UserError(f"{folder / name}: is not what was written (sha256 differs from {MANIFEST}); {another()}")
+
+
+def another() -> str:
+    return f"write the name of another checkpoint into {LATEST} beside it to go on from there"
 
 
 def latest(run: Path) -> Path | None:
@@ -116,7 +309,7 @@ def best_score(run: Path, recipe: Recipe) -> float | None:
     folder = pointed(run, BEST)
     if folder is None or load_recipe(str(folder / RECIPE)).validation != recipe.validation:
         return None
-    return read_state(folder)["score"]
+    return read_state(folder).score
 
 
 def find(source: Path) -> Path:
@@ -129,98 +322,27 @@ def find(source: Path) -> Path:
     return folder
 
 
-def read_state(folder: Path) -> dict:
-    return read_json(folder / STATE)
+def read_state(folder: Path) -> State:
+    try:
+        return State.model_validate(read_json(folder / STATE))
+    except ValidationError as error:
+        raise UserError(f"{folder / STATE}: {explain(error.errors()[0])}") from error
 
 
-def resumed_step(folder: Path, world_size: int) -> int:
-    """The number of steps a checkpoint was written after; it must come from as many ranks."""
-    state = read_state(folder)
-    if state["world_size"] != world_size:
-        raise UserError(f"{folder} was written by {state['world_size']} ranks, this job has {world_size}; resume on {state['world_size']}")
-    return state["step"]
-
-
-def check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    """A resumed run goes on with the recipe it was started with; only how long it runs and what it shows may change."""
+def check_same_recipe(folder: Path, recipe: Recipe, world_size: int) -> None:
+    """A resumed run goes on with the recipe it was started with; only how long and where it runs and what it shows may change."""
     before, now = load_recipe(str(folder / RECIPE)).model_dump(), recipe.model_dump()
     for key in known_keys():
-        if key in MAY_CHANGE or key.startswith("validation."):
+        if key in MAY_CHANGE or key.startswith(MAY_CHANGE_IN):
             continue
         old, new = before, now
         for part in key.split("."):
             old, new = old[part], new[part]
         if old != new:
             raise UserError(f"{key}={new}: the run in {folder.parents[1]} was started with {old}; name another output_dir, or put it back")
-
-
-def load(folder: Path, engines: dict[str, deepspeed.DeepSpeedEngine], ema: ShardedEMA | None, mesh: Mesh) -> None:
-    for name, engine in engines.items():
-        path, _ = engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
-        assert path is not None, f"DeepSpeed found no checkpoint in {folder / name}"
-    if ema:
-        ema.load(folder / EMA, mesh.rank)
-
-
-class ZeroWeights:
-    """The master weights of an engine's ZeRO-3 files, of any number of ranks, whole and one at a time.
-
-    Each rank's file holds flat buffers, memory-mapped here, with its part of every trained parameter, one after the other:
-    a parameter of n elements on R ranks takes ceil(n / R) elements of each. Nothing but tensors and plain values is
-    unpickled. `shapes` lists the parameters in order. `average`: a folder of a ShardedEMA of that engine, read in its place.
-    """
-
-    def __init__(self, folder: Path, average: Path | None = None):
-        ranks = sorted(folder.glob("*zero_pp_rank_*_optim_states.pt"), key=lambda path: int(path.name.split("_rank_")[1].split("_")[0]))
-        models = sorted(folder.glob("zero_pp_rank_0_*_model_states.pt"))
-        if not ranks or not models:
-            raise UserError(f"{folder}: no ZeRO-3 checkpoint (zero_pp_rank_*_optim_states.pt and *_model_states.pt)")
-        groups = self._read(models[0])["param_shapes"]
-        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for group in groups for name, shape in group.items()}
-        self.files = ranks
-        self.flat = [self._read(path)["optimizer_state_dict"]["fp32_flat_groups"] for path in ranks]
-        written_by = self._read(ranks[0])["optimizer_state_dict"]["partition_count"]
-        if len(ranks) != written_by:
-            raise UserError(f"{folder}: {len(ranks)} rank files of {written_by}")
-        if any(not len(part) for parts in self.flat for part in parts):
-            raise UserError(f"{folder}: its weights were on NVMe and lie in offloaded_tensors, which this project does not read")
-        if average:
-            self.files = [rank_file(average, rank) for rank in range(written_by)]
-            self.flat = [self._read_average(path) for path in self.files]
-        self.places = self._find_places()
-
-    @staticmethod
-    def _read(path: Path) -> dict:
-        try:
-            with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-            raise UserError(f"{path}: not readable as a checkpoint: {str(error).splitlines()[0]}") from error
-
-    @staticmethod
-    def _read_average(path: Path) -> list[torch.Tensor]:
-        try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not readable as an average of weights: {error}") from error
-        return [tensors[f"flat.{group}"] for group in range(len(tensors) - 1)]
-
-    def _find_places(self) -> dict[str, tuple[int, int, int]]:
-        """For each parameter (flat group, offset, elements a rank)."""
-        places, group, offset = {}, 0, 0
-        for name, shape in self.shapes.items():
-            part = -(-torch.Size(shape).numel() // len(self.flat))
-            if offset == len(self.flat[0][group]):
-                group, offset = group + 1, 0
-            places[name] = group, offset, part
-            offset += part
-        if group != len(self.flat[0]) - 1 or offset != len(self.flat[0][group]):
-            raise UserError(f"{self.files[0]}: the parameters' sizes do not add up to the file's {len(self.flat[0][-1])} elements")
-        return places
-
-    def read(self, name: str) -> torch.Tensor:
-        """The whole tensor, fp32."""
-        group, offset, part = self.places[name]
-        shape = self.shapes[name]
-        pieces = [flat[group][offset : offset + part].detach() for flat in self.flat]
-        return torch.cat(pieces)[: torch.Size(shape).numel()].view(shape).float()
+    batch, was = recipe.global_batch_size(world_size), read_state(folder).global_batch_size
+    if batch != was:
+        raise UserError(
+            f"data.batch_size={recipe.data.batch_size} on {world_size} ranks is a global batch of {batch}, the run in {folder.parents[1]} "
+            f"has {was}; change data.batch_size or data.accumulation so that it stays"
+        )

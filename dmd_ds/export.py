@@ -18,11 +18,11 @@ import torch
 from safetensors import SafetensorError
 
 from dmd_ds import checkpoint
-from dmd_ds.checkpoint import ZeroWeights
 from dmd_ds.errors import UserError
 from dmd_ds.generation import SETTINGS_FILE, Settings, write_settings
 from dmd_ds.recipe import Recipe, Sampling, load_recipe
 from dmd_ds.sampler import few_step_schedule, few_step_scheduler, nearest_stock, timesteps_apart
+from dmd_ds.shards import Shards
 from dmd_ds.wan.autoencoder import load_autoencoder
 from dmd_ds.wan.denoiser import ADAPTER, ADAPTER_TARGETS
 from dmd_ds.wan.guidance import FOLDED_INTO, folded_bias, has_guidance_embedding
@@ -51,10 +51,10 @@ class Student:
     """
 
     recipe: Recipe
-    state: dict
+    state: checkpoint.State
     base: Path
     base_tensors: dict[str, Stored]
-    weights: ZeroWeights
+    weights: Shards
     guidance: float | None = None  # folded into the time embedding, None where nothing was
 
     @property
@@ -93,7 +93,7 @@ class Student:
     @property
     def settings(self) -> Settings:
         """How it is sampled: as it was trained, without guidance beside its own."""
-        return Settings(steps=self.recipe.sampling.steps, guidance=1.0, few_step=self.recipe.sampling, **self.state["video"])
+        return Settings(steps=self.recipe.sampling.steps, guidance=1.0, few_step=self.recipe.sampling, **self.state.video)
 
     def read(self, name: str) -> torch.Tensor:
         if name == FOLDED_INTO and self.guidance is not None:
@@ -129,12 +129,14 @@ def find_student(source: Path, model: str | None = None, weights: Literal["ema",
     averaged = average.is_dir() and weights != "trained"
     recipe = load_recipe(str(folder / checkpoint.RECIPE))
     base = find_model(model or recipe.model.path)
-    found, base_tensors = ZeroWeights(folder / "generator", average if averaged else None), transformer_tensors(base)
-    check_fits(folder / "generator", found, base, base_tensors, recipe)
+    weights_folder = average if averaged else folder / "generator"
+    checkpoint.check_files(folder, [name for name in checkpoint.read_manifest(folder) if name.startswith(f"{weights_folder.name}/")])
+    found, base_tensors = Shards(weights_folder), transformer_tensors(base)
+    check_fits(weights_folder, found, base, base_tensors, recipe)
     return Student(recipe, checkpoint.read_state(folder), base, base_tensors, found)
 
 
-def check_fits(folder: Path, weights: ZeroWeights, base: Path, base_tensors: dict[str, Stored], recipe: Recipe) -> None:
+def check_fits(folder: Path, weights: Shards, base: Path, base_tensors: dict[str, Stored], recipe: Recipe) -> None:
     """`UserError` unless the checkpoint holds what the recipe trains over this base, and a fresh guidance embedding or none."""
     expected = {PREFIX + name: tensor.shape for name, tensor in base_tensors.items()}
     rank = recipe.generator.lora_rank
@@ -199,7 +201,7 @@ def sampling_note(sampling: Sampling) -> str:
 
 def model_card(student: Student, use: str) -> str:
     task = {"WanPipeline": "text-to-video", "WanImageToVideoPipeline": "image-to-video"}[pipeline_class(student.base)]
-    recipe, sampling, video = student.recipe, student.recipe.sampling, student.state["video"]
+    recipe, sampling, video = student.recipe, student.recipe.sampling, student.state.video
     folded = "" if student.guidance is None else f"Its guidance embedding is folded at {student.guidance}.\n"
     step = {"sde": "noised afresh between them", "ode": "by Euler's steps along the velocity, without noise between them"}[sampling.solver]
     return f"""---
@@ -208,7 +210,7 @@ pipeline_tag: {task}
 ---
 # {student.base.name}, distilled to {sampling.steps} steps
 
-Distilled with DMD2 by dmd_ds from {recipe.model.path}; data {recipe.data.path}; {student.state["step"]} fake-score updates,
+Distilled with DMD2 by dmd_ds from {recipe.model.path}; data {recipe.data.path}; {student.state.step} fake-score updates,
 a generator update every {recipe.fake_score.updates_per_generator_update}; the teacher's guidance of {recipe.score.guidance} is built in.
 {folded}
 
@@ -241,7 +243,7 @@ def to_diffusers(student: Student, out: Path, largest_file: int = 5 * 10**9) -> 
     In the second case the model card says so. A guidance embedding is folded.
     """
     student = student.folded()
-    video, recipe = student.state["video"], student.recipe
+    video, recipe = student.state.video, student.recipe
     with whole_folder(out) as folder:
         copy_other_parts(student.base, folder)
         (folder / "transformer").mkdir()

@@ -118,8 +118,8 @@ def check_inputs(recipe: Recipe) -> Inputs:
     resume_from = checkpoint.latest(Path(recipe.output_dir))
     first_step = 0
     if resume_from:
-        checkpoint.check_same_recipe(resume_from, recipe)
-        first_step = checkpoint.resumed_step(resume_from, world_size())
+        checkpoint.check_same_recipe(resume_from, recipe, world_size())
+        first_step = checkpoint.read_state(resume_from).step
     return Inputs(
         recipe, model, dataset, latents_shapes, shown_shape, video, config, guidance_embedding, ds_configs, resume_from, first_step
     )

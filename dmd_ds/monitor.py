@@ -1,6 +1,7 @@
 """What a run tells while it runs: metrics.jsonl, warnings.jsonl, TensorBoard, a progress bar. Only the first rank writes."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,8 @@ class Monitor:
         if not self.writes:
             return
         numbers = {name: float(value) for name, value in values.items()} | {"seconds": seconds}
-        self.file.write(json.dumps({"step": step, **numbers}) + "\n")
+        finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}  # JSON knows no other numbers
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
         for name, number in numbers.items():
             self.tensorboard.add_scalar(name, number, step)
         self.bar.set_postfix({name: f"{number:.3g}" for name, number in numbers.items() if name.startswith("loss")}, refresh=False)
@@ -47,6 +49,11 @@ class Monitor:
         tqdm.write(f"warning: step {step}: {text}", file=sys.stdout)
         with self.warnings.open("a") as file:
             file.write(json.dumps({"step": step, "warning": text}) + "\n")
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        if self.writes:
+            tqdm.write(text, file=sys.stdout)
 
     def close(self) -> None:
         if self.writes:

@@ -70,6 +70,9 @@ class Parallel(Section):
     ulysses: Positive = Field(1, description="ranks that share a sample by attention heads; divides their number")
     ring: Positive = Field(1, description="times so many ranks that pass keys and values around")
     join_timeout: Annotated[float, Field(gt=0)] = Field(300.0, description="seconds to wait for all ranks at the start")
+    hang_timeout: Annotated[float, Field(gt=0)] = Field(
+        1800.0, description="seconds without progress after which the run ends and names the rank that stands; more than validation takes"
+    )
 
 
 class Optimizer(Section):
@@ -128,6 +131,7 @@ class Regression(Section):
 
     steps: NotNegative = Field(0, description="trainer steps of it, each an update of the generator alone; 0: none")
     teacher_steps: Positive = Field(20, description="of the teacher's path, second order, beside the generator's own noise levels")
+    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="null: generator.lr")
 
 
 class Gan(Section):
@@ -210,8 +214,14 @@ class Recipe(Section):
     stage: Literal["dmd2"] = "dmd2"
     output_dir: str
     max_steps: NotNegative
+    max_hours: Annotated[float, Field(gt=0)] | None = Field(None, description="of this command; then it saves and ends, as on SIGTERM")
+    max_skipped_updates: NotNegative = Field(
+        10, description="updates in a row that may be left out for a loss or gradient that is not finite, before the run ends"
+    )
     save_every: Positive = 500
     keep_checkpoints: Positive | None = Field(None, description="the newest so many stay, and the best; null: all")
+    keep_every: Positive | None = Field(None, description="with keep_checkpoints: those of every so many steps stay too")
+    background_save: bool = Field(False, description="training waits for a copy in the host's memory and not for the disk")
     seed: Seed = 0
     activation_checkpointing: bool = True
     activation_offload: bool = Field(False, description="what checkpointing keeps, each block's input, is kept in the host's memory")
@@ -242,6 +252,10 @@ class Recipe(Section):
         """How often DMD2 and its warm-up have updated the generator before this step."""
         warm = self.regression.steps
         return min(step, warm) + -(-max(0, step - warm) // self.fake_score.updates_per_generator_update)
+
+    def global_batch_size(self, world_size: int) -> int:
+        """Samples of a step on so many ranks."""
+        return self.data.batch_size * self.data.accumulation * (world_size // (self.parallel.ulysses * self.parallel.ring))
 
     @property
     def uses_latents(self) -> bool:

@@ -8,18 +8,21 @@ import torch.distributed as dist
 from dmd_ds import checkpoint
 from dmd_ds.build import build_generator, build_score_model
 from dmd_ds.data.latents import BatchOrder, SizedOrder, pad_embeds
-from dmd_ds.distill.batch import Batch
+from dmd_ds.distill.batch import Batch, Metrics
 from dmd_ds.distill.dmd2 import DMD2Engine
 from dmd_ds.distill.regression import Regression
 from dmd_ds.errors import UserError
+from dmd_ds.faults import SkippedUpdates
 from dmd_ds.inputs import Inputs
 from dmd_ds.monitor import Monitor
 from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.ema import ShardedEMA
 from dmd_ds.parallel.engine import make_engine, training_dtype
 from dmd_ds.parallel.mesh import Mesh
+from dmd_ds.parallel.state import EngineState
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import dump_recipe
+from dmd_ds.stopping import Stopping
 from dmd_ds.validation import Validation
 from dmd_ds.wan.image import condition_of
 from dmd_ds.wan.text import padded_tokens
@@ -35,7 +38,7 @@ class Trainer:
             raise UserError(f"output_dir={recipe.output_dir}: the nodes see different checkpoints there; it must be one folder for all")
         self.dataset = inputs.dataset
         self.prompt_tokens = padded_tokens(self.dataset.most_prompt_tokens, training_dtype())
-        global_batch_size = recipe.data.batch_size * self.mesh.data_size * recipe.data.accumulation
+        global_batch_size = recipe.global_batch_size(self.mesh.world_size)
         randomness = Randomness(recipe.seed)
         if recipe.data.sizes:
             self.order = SizedOrder(inputs.latents_shapes, len(self.dataset), global_batch_size, randomness)
@@ -62,14 +65,17 @@ class Trainer:
                 recipe, inputs.model, self.dataset, inputs.video, inputs.shown_shape, self.prompt_tokens, *guidance, self.mesh
             )
         self.first_step = inputs.first_step
+        states = {name: EngineState(engine) for name, engine in self.engines.items()} | ({checkpoint.EMA: self.ema} if self.ema else {})
+        self.checkpoints = checkpoint.Checkpoints(self.run, recipe, states, inputs.video, self.mesh)
         if inputs.resume_from:
-            checkpoint.load(inputs.resume_from, self.engines, self.ema, self.mesh)
+            self.checkpoints.load(inputs.resume_from)
         if self.mesh.is_first:
             self.run.mkdir(parents=True, exist_ok=True)
             checkpoint.write_whole(self.run / "recipe.yaml", dump_recipe(recipe))
         if self.validation and recipe.validation.teacher_steps:
             self.validation.meet_teacher(score_model)
         self.best_score = checkpoint.best_score(self.run, recipe)
+        self.skipped = SkippedUpdates(self.run, recipe.max_skipped_updates, self.mesh.rank)
         self.monitor = Monitor(self.run, self.first_step, recipe.max_steps, writes=self.mesh.is_first)
 
     def batches(self, step: int) -> list[Batch]:
@@ -93,29 +99,48 @@ class Trainer:
         return Batch(places, embeds_BLD.to(device), shape, latents_BCTHW, condition_of(self.dataset, mine, device), guidance_B)
 
     def train(self) -> None:
-        for step in range(self.first_step, self.recipe.max_steps):
-            batches = self.batches(step)
-            if step < self.recipe.regression.steps:
-                metrics = self.regression.generator_step(batches, step)
-                self.average()
-            else:
-                metrics = {}
-                if self.recipe.is_generator_due(step):
-                    metrics |= self.dmd2.generator_step(batches, step)
-                    self.average()
-                metrics |= self.dmd2.fake_score_step(batches, step)
-            self.after(step + 1, metrics)
+        """To the last step, or until something asks for an end; then the last checkpoint is whole."""
+        with Stopping(self.run, self.recipe.max_hours, self.mesh.is_first) as stopping:
+            for step in range(self.first_step, self.recipe.max_steps):
+                metrics, batches = self.step(step)
+                if self.after(step + 1, metrics, batches, stopping):
+                    break
+            self.checkpoints.finish()
         self.monitor.close()
+
+    def step(self, step: int) -> tuple[Metrics, list[Batch]]:
+        self.mesh.mark(f"step {step + 1}: batch")
+        batches = self.batches(step)
+        if step < self.recipe.regression.steps:
+            self.mesh.mark(f"step {step + 1}: regression")
+            metrics = self.regression.generator_step(batches, step)
+            self.average()
+            return metrics, batches
+        metrics = {}
+        if self.recipe.is_generator_due(step):
+            self.mesh.mark(f"step {step + 1}: generator")
+            metrics |= self.dmd2.generator_step(batches, step)
+            self.average()
+        self.mesh.mark(f"step {step + 1}: fake score")
+        metrics |= self.dmd2.fake_score_step(batches, step)
+        return metrics, batches
 
     def average(self) -> None:
         if self.ema:
             self.ema.update()
 
-    def after(self, step: int, metrics: dict[str, torch.Tensor | float]) -> None:
-        """Validates, logs and saves, after `step` steps."""
+    def after(self, step: int, metrics: Metrics, batches: list[Batch], stopping: Stopping) -> bool:
+        """Validates, logs and saves, after `step` steps; whether the run ends with it."""
         last = step == self.recipe.max_steps
-        numbers, score, is_best = self.mean_over_ranks(metrics), None, False
+        asked = stopping.reason
+        numbers, stops, written = self.over_ranks(metrics, asked is not None, self.checkpoints.is_written_here)
+        score, is_best = None, False
+        if warning := self.skipped.look(step, numbers, batches, [self.captions(step, batch) for batch in batches]):
+            self.monitor.warn(step, warning)
+        if written == self.mesh.world_size:
+            self.checkpoints.finish()
         if self.validation and (last or step % self.recipe.validation.every == 0):
+            self.mesh.mark(f"step {step}: validation")
             look = self.validation.look(self.engines["generator"].module, self.ema, self.run / "samples" / f"step_{step:06d}")
             numbers, score = numbers | look.numbers, look.score
             is_best = score is not None and (self.best_score is None or score < self.best_score)
@@ -124,11 +149,23 @@ class Trainer:
         self.monitor.log(step, numbers)
         if is_best:
             self.best_score = score
-        if last or is_best or step % self.recipe.save_every == 0:
-            checkpoint.save(self.run, step, self.engines, self.ema, self.recipe, self.video, score, is_best, self.mesh)
+        if last or stops or is_best or step % self.recipe.save_every == 0:
+            self.mesh.mark(f"step {step}: saving")
+            self.checkpoints.save(step, score, is_best)
+        if stops and not last:
+            stopping.heeded()
+            self.monitor.say(f"stopped after step {step}, saved: {asked or 'another rank was asked to'}; the same command goes on")
+        return bool(stops)
 
-    def mean_over_ranks(self, metrics: dict[str, torch.Tensor | float]) -> dict[str, float]:
-        """Means of the ranks' numbers, with one collective and one synchronisation."""
-        numbers = torch.stack([torch.as_tensor(value, device=self.mesh.device).float() for value in metrics.values()])
-        dist.all_reduce(numbers)
-        return dict(zip(metrics, (numbers / self.mesh.world_size).tolist(), strict=True))
+    def captions(self, step: int, batch: Batch) -> list[str]:
+        _, indices = self.order(step - 1)
+        return [self.dataset.about[indices[place]]["caption"] for place in batch.samples]
+
+    def over_ranks(self, metrics: Metrics, *flags: bool) -> tuple[dict[str, float], *tuple[int, ...]]:
+        """Means of the ranks' numbers, and on how many of them each flag stands: one collective and one synchronisation."""
+        numbers = [torch.as_tensor(value, device=self.mesh.device).float() for value in metrics.values()]
+        sums = torch.stack([*numbers, *(torch.tensor(float(flag), device=self.mesh.device) for flag in flags)])
+        dist.all_reduce(sums)
+        *sums, = sums.tolist()
+        means = {name: total / self.mesh.world_size for name, total in zip(metrics, sums, strict=False)}
+        return means, *map(int, sums[len(metrics) :])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dmd_ds.checkpoint import State
 from dmd_ds.errors import UserError
 from dmd_ds.inputs import check_inputs
 from dmd_ds.recipe import PACKAGE, REPOSITORY, dump_recipe
@@ -116,25 +117,20 @@ def test_a_latest_that_names_a_checkpoint_that_is_gone_is_refused(world, tmp_pat
     refused(world, "names step_000009, which is not a whole checkpoint", output_dir=str(tmp_path / "run"))
 
 
-def test_another_number_of_ranks_is_refused_with_both_numbers(world, tmp_path):
+def test_a_resumed_run_keeps_its_recipe_but_for_how_long_and_where_it_runs(world, tmp_path):
     folder = tmp_path / "run" / "checkpoints" / "step_000009"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"step": 9, "world_size": 8}))
-    (folder / "recipe.yaml").write_text(dump_recipe(make_recipe(world)))
-    (folder.parent / "latest").write_text("step_000009")
-    refused(world, "was written by 8 ranks, this job has 1", output_dir=str(tmp_path / "run"))
-
-
-def test_a_resumed_run_keeps_its_recipe_but_for_how_long_it_runs(world, tmp_path):
-    folder = tmp_path / "run" / "checkpoints" / "step_000009"
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"step": 9, "world_size": 1}))
+    state = State(step=9, score=None, world_size=8, global_batch_size=2, video={}, versions={})
+    (folder / "state.json").write_text(state.model_dump_json())
     (folder / "recipe.yaml").write_text(dump_recipe(make_recipe(world)))
     (folder.parent / "latest").write_text("step_000009")
     run = {"output_dir": str(tmp_path / "run")}
-    assert check_inputs(make_recipe(world, max_steps=20, **run)).first_step == 9
+    assert check_inputs(make_recipe(world, max_steps=20, data={"batch_size": 1, "accumulation": 2}, **run)).first_step == 9
     refused(world, r"seed=1: the run in .* was started with 0", seed=1, **run)
     refused(world, r"fake_score.lora_rank=8: the run in .* was started with 4", fake_score={"lora_rank": 8}, **run)
+    refused(world, "data.batch_size=1 on 1 ranks is a global batch of 1, the run in .* has 2", data={"batch_size": 1}, **run)
+    (folder / "state.json").write_text('{"step": "nine"}')
+    refused(world, "state.json: step='nine'", **run)
 
 
 def test_the_entry_is_short_enough_to_read():

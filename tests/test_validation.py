@@ -83,7 +83,7 @@ def test_the_best_checkpoint_stays_beside_the_latest(run):
     folder, lines = run
     distances = [line["validation/ema/frechet"] for line in lines]
     best = checkpoint.pointed(folder, "best")
-    assert best.name == f"step_{1 + int(np.argmin(distances)):06d}" and checkpoint.read_state(best)["score"] == min(distances)
+    assert best.name == f"step_{1 + int(np.argmin(distances)):06d}" and checkpoint.read_state(best).score == min(distances)
     kept = {path.name for path in (folder / "checkpoints").glob("step_*")}
     assert kept == {best.name, "step_000004"}
     assert checkpoint.find(folder / "checkpoints" / "best") == best and checkpoint.find(folder).name == "step_000004"

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def alone(monkeypatch) -> Mesh:
     """The mesh of a lone process, with no group behind it."""
-    mesh = Mesh(0, 1, CPU, 1, 1, None, None, None)
+    mesh = Mesh(0, 1, CPU, 1, 1, None, None, None, lambda doing: None)
     monkeypatch.setattr(Mesh, "barrier", lambda self: None)
     monkeypatch.setattr(Mesh, "all_gather_objects", lambda self, value: [value])
     return mesh

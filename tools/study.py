@@ -82,7 +82,7 @@ def read_study(path: Path) -> Study:
 
 def is_finished(recipe: Recipe) -> bool:
     latest = checkpoint.latest(Path(recipe.output_dir))
-    return latest is not None and checkpoint.read_state(latest)["step"] >= recipe.max_steps
+    return latest is not None and checkpoint.read_state(latest).step >= recipe.max_steps
 
 
 def train(recipe: Recipe, overrides: list[str], name: str, threads: int) -> None:

@@ -60,11 +60,13 @@ class Regression:
     ):
         self.recipe, self.generator, self.score_model, self.schedule = recipe, generator, score_model, schedule
         self.negative_embeds_1LD, self.two_pass_guidance, self.device = negative_embeds_1LD, two_pass_guidance, device
+        lr = recipe.regression.lr or recipe.generator.lr
+        self.optimizer = recipe.generator.model_copy(update={"lr": lr})
         self.levels = path_levels(schedule, recipe.regression.teacher_steps, recipe.score.shift)
         self.randomness = Randomness(recipe.seed)
 
     def generator_step(self, batches: Sequence[Batch], step: int) -> Metrics:
-        return step_engine(self.generator, self.recipe.generator, step, "generator", (self.one_pass(batch, step) for batch in batches))
+        return step_engine(self.generator, self.optimizer, step, "generator", (self.one_pass(batch, step) for batch in batches))
 
     def one_pass(self, batch: Batch, step: int) -> Metrics:
         exit_step = self.randomness.integer("regression/exit_step", step, self.schedule.steps)

@@ -1,25 +1,19 @@
 """An exponential moving average of what an engine trains, in fp32, cut over the ranks as ZeRO-3 cuts the weights themselves.
 
-It lies beside the engine's own fp32 partitions, on their device, so an update moves nothing between ranks. On disk it is a
-file a rank of flat buffers in the layout of the engine's own files, whose list of parameters serves both (checkpoint.ZeroWeights).
+It lies beside the engine's own fp32 partitions, on their device, so an update moves nothing between ranks.
 """
 
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import deepspeed
 import torch
-from safetensors.torch import load_file, save_file
 
 from dmd_ds.errors import UserError
+from dmd_ds.parallel.state import Number, ShardedState
 
 EXCHANGED_AT_ONCE = 2**24  # elements: no second copy of the weights is made for an exchange
-
-
-def rank_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank_{rank:05d}.safetensors"
 
 
 def check_can_average(key: str, ds_config: dict[str, Any]) -> None:
@@ -33,11 +27,13 @@ def check_can_average(key: str, ds_config: dict[str, Any]) -> None:
             raise UserError(f"{key}: averages weights in memory; {part}.device is nvme, give cpu or none")
 
 
-class ShardedEMA:
+class ShardedEMA(ShardedState):
     """Starts at the engine's weights; `update` after each of its optimiser steps."""
 
+    kinds = ["average"]
+
     def __init__(self, engine: deepspeed.DeepSpeedEngine, decay: float):
-        self.optimizer = engine.optimizer
+        super().__init__(engine)
         self.decay = decay
         self.updates = 0
         self.averages = [master.detach().clone() for master in self.optimizer.fp32_partitioned_groups_flat]
@@ -76,15 +72,12 @@ class ShardedEMA:
             computed_with.copy_(master)  # in fp32 the two are one buffer
         optimizer.checkpoint_event_epilogue()  # gathers those that are kept whole
 
-    def save(self, folder: Path, rank: int) -> None:
-        """This rank's file; the folder is there."""
-        tensors = {f"flat.{group}": average.cpu() for group, average in enumerate(self.averages)}
-        save_file(tensors | {"updates": torch.tensor(self.updates)}, rank_file(folder, rank))
+    @property
+    def numbers(self) -> dict[str, Number]:
+        return {"updates": self.updates}
 
-    def load(self, folder: Path, rank: int) -> None:
-        """What `save` wrote on as many ranks."""
-        tensors = load_file(rank_file(folder, rank))
-        self.updates = int(tensors.pop("updates"))
-        for group, average in enumerate(self.averages):
-            average.copy_(tensors.pop(f"flat.{group}"))
-        assert not tensors
+    def buffers(self, group: int) -> dict[str, torch.Tensor]:
+        return {"average": self.averages[group]}
+
+    def expect(self, group: int, kinds: list[str], numbers: Mapping[str, Number]) -> None:
+        self.updates = numbers["updates"]

@@ -7,8 +7,10 @@ Under another launcher the machines' own names stand in.
 import base64
 import binascii
 import contextlib
+import faulthandler
 import functools
 import json
+import math
 import os
 import re
 import socket
@@ -21,7 +23,7 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-from dmd_ds.errors import RunError, UserError, read_text
+from dmd_ds.errors import RunError, UserError, read_text, report
 
 Slots = dict[str, int]  # host -> ranks
 
@@ -106,13 +108,15 @@ class RollCall:
     """Where the ranks of a job meet: a store on rank 0's machine, in which every rank counts up until it closes its call.
 
     A rank that is about to end closes first: the interpreter must not go away under a thread that is inside the store.
+    Once it has marked its progress, a rank that marks none for `hang_timeout_s` ends, and says which of all ranks stands.
     """
 
     BEAT_S = 0.5
     LISTEN_S = 8.0  # long enough for a rank that is busy, short enough for one who waits
 
-    def __init__(self, rank: int, world_size: int, timeout_s: float):
-        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
+    def __init__(self, rank: int, world_size: int, timeout_s: float, hang_timeout_s: float):
+        self.rank, self.world_size, self.timeout_s, self.hang_timeout_s = rank, world_size, timeout_s, hang_timeout_s
+        self._marks, self._doing, self._marked_at = 0, "", math.inf
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
             self.store = dist.TCPStore(address, port, world_size, rank == 0, timedelta(seconds=timeout_s), wait_for_workers=False)
@@ -120,8 +124,13 @@ class RollCall:
             what = "cannot be opened" if rank == 0 else f"did not answer within {timeout_s:g} s"
             raise UserError(f"{address}:{port}, where the ranks meet, {what}: {str(error).splitlines()[0]}") from error
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="roll call", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=work, name="roll call", daemon=True) for work in (self._beat, self._watch)]
+        for thread in self._threads:
+            thread.start()
+
+    def mark(self, doing: str) -> None:
+        """Progress: what this rank begins to do now."""
+        self._marks, self._doing, self._marked_at = self._marks + 1, doing, time.monotonic()
 
     def wait_for_all(self) -> None:
         """Returns when every rank has come; `UserError` names those that have not when the time is up."""
@@ -134,7 +143,8 @@ class RollCall:
 
     def close(self) -> None:
         self._closed.set()
-        self._thread.join(self.LISTEN_S)  # a store that is out of reach may keep it longer; then the job has failed anyway
+        for thread in self._threads:
+            thread.join(self.LISTEN_S)  # a store that is out of reach may keep it longer; then the job has failed anyway
 
     @staticmethod
     def _key(rank: int) -> str:
@@ -142,24 +152,61 @@ class RollCall:
 
     def _beat(self) -> None:
         store = self.store.clone()  # a connection of its own: the main thread may wait in the other
+        told = 0
         with contextlib.suppress(dist.DistError):  # rank 0 is gone, and the store with it
             store.add(self._key(self.rank), 1)
             while not self._closed.wait(self.BEAT_S):
                 store.add(self._key(self.rank), 1)
+                if self._marks != told:
+                    told = self._marks
+                    store.set(self._progress_key(self.rank), f"{told} {self._doing}")
+
+    @staticmethod
+    def _progress_key(rank: int) -> str:
+        return f"progress/{rank}"
+
+    def _watch(self) -> None:
+        store = self.store.clone()
+        while not self._closed.wait(self.BEAT_S):
+            if time.monotonic() - self._marked_at > self.hang_timeout_s:
+                self._end(store)
+
+    def _end(self, store: dist.Store) -> None:
+        standing = [f"{self._named([0])} does not answer"]  # unless the store, which is there, does
+        asking = threading.Thread(target=lambda: standing.append(self._standing(store)), daemon=True)
+        asking.start()
+        asking.join(3 * self.LISTEN_S)
+        waited = f"no progress for {self.hang_timeout_s:g} s (parallel.hang_timeout)"
+        report(RunError(f"{waited}: {standing[-1]}; the same command resumes the run"))
+        faulthandler.dump_traceback()  # where this one is, for whoever wants to know why
+        os._exit(1)
+
+    def _standing(self, store: dist.Store) -> str:
+        """Names the ranks that hold up the others: those that do nothing at all any more, else those that have come least far."""
+        if lost := self._lost(store):
+            return f"{lost} does not answer"
+        progress = [store.get(self._progress_key(rank)).decode().split(" ", 1) for rank in range(self.world_size)]
+        least = min(int(marks) for marks, _ in progress)
+        behind = [rank for rank, (marks, _) in enumerate(progress) if int(marks) == least]
+        who = "all ranks stand" if len(behind) == self.world_size else f"{self._named(behind)} stands"
+        return f"{who} at {progress[behind[0]][1]!r}"
 
     def _named(self, ranks: Iterable[int]) -> str:
         return ", ".join(f"rank {rank} on {host_of_rank(rank)}" for rank in ranks)
 
     def lost(self) -> str:
         """After a collective failed: names the ranks that no longer count up; empty when all do."""
+        return self._lost(self.store)
+
+    def _lost(self, store: dist.Store) -> str:
         try:
-            before = [self.store.add(self._key(rank), 0) for rank in range(self.world_size)]
+            before = [store.add(self._key(rank), 0) for rank in range(self.world_size)]
             time.sleep(self.LISTEN_S)
-            if self.store.check(["lost"]):  # who asked first has ended by now, and would be taken for lost
-                return self.store.get("lost").decode()
-            still = [rank for rank, count in enumerate(before) if self.store.add(self._key(rank), 0) == count]
+            if store.check(["lost"]):  # who asked first has ended by now, and would be taken for lost
+                return store.get("lost").decode()
+            still = [rank for rank, count in enumerate(before) if store.add(self._key(rank), 0) == count]
             if still:
-                self.store.set("lost", self._named(still))
+                store.set("lost", self._named(still))
             return self._named(still)
         except dist.DistError:
             return self._named([0])

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 
 import deepspeed
@@ -22,8 +23,6 @@ from dmd_ds.errors import RunError, UserError, report
 from dmd_ds.parallel.hosts import RollCall, check_slots, host_of_rank, machine, naming_the_lost
 from dmd_ds.recipe import Parallel
 
-TIMEOUT = timedelta(minutes=30)  # of a collective; as long as the slowest of the ranks may take for a batch of videos
-
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
@@ -35,6 +34,7 @@ class Mesh:
     ulysses_group: dist.ProcessGroup
     ring_group: dist.ProcessGroup
     sequence_group: dist.ProcessGroup  # all ranks of one sample
+    mark: Callable[[str], None]  # progress: what this rank begins to do now
 
     @property
     def is_first(self) -> bool:
@@ -180,10 +180,11 @@ def joined(parallel: Parallel):
             raise UserError(f"{host_of_rank(rank)} has {count} accelerators, and slots for at least {local_rank + 1} in the hostfile")
         get_accelerator().set_device(local_rank)
     backend = get_accelerator().communication_backend_name()
-    with contextlib.closing(RollCall(rank, size, parallel.join_timeout)) as roll_call:
+    with contextlib.closing(RollCall(rank, size, parallel.join_timeout, parallel.hang_timeout)) as roll_call:
         roll_call.wait_for_all()
         with ending_at_once(), naming_the_lost(roll_call):
-            dist.init_process_group(backend, timeout=TIMEOUT, store=dist.PrefixStore("world", roll_call.store), rank=rank, world_size=size)
+            timeout = timedelta(seconds=2 * parallel.hang_timeout)  # of a collective; the roll call is to speak first
+            dist.init_process_group(backend, timeout=timeout, store=dist.PrefixStore("world", roll_call.store), rank=rank, world_size=size)
             deepspeed.init_distributed(verbose=False)
             mesh = Mesh(
                 rank=rank,
@@ -191,6 +192,7 @@ def joined(parallel: Parallel):
                 device=torch.device(get_accelerator().device_name(local_rank)),
                 ulysses=parallel.ulysses,
                 ring=parallel.ring,
+                mark=roll_call.mark,
                 **sample_groups(parallel, rank, local_rank, size, backend),
             )
             check_one_machine_a_sample(mesh.all_gather_objects(machine()), mesh.sequence_size)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmd_ds.checkpoint import ZeroWeights
 from dmd_ds.recipe import Recipe
+from dmd_ds.shards import Shards
 from tests.mini import make_dataset, make_pipeline, make_recipe
 
 EPSILON = 1e-6
@@ -41,15 +41,13 @@ def sharp_recipe(folder: Path, name: str, **changes) -> Recipe:
 
 
 def weights(recipe: Recipe, step: int, engine: str) -> dict[str, torch.Tensor]:
-    zero = ZeroWeights(Path(recipe.output_dir) / "checkpoints" / f"step_{step:06d}" / engine)
-    return {name: zero.read(name) for name in zero.shapes}
+    shards = Shards(Path(recipe.output_dir) / "checkpoints" / f"step_{step:06d}" / engine)
+    return {name: shards.read(name) for name in shards.shapes}
 
 
 def averages(recipe: Recipe, step: int) -> dict[str, torch.Tensor]:
     """The generator's averaged weights."""
-    folder = Path(recipe.output_dir) / "checkpoints" / f"step_{step:06d}"
-    zero = ZeroWeights(folder / "generator", folder / "ema")
-    return {name: zero.read(name) for name in zero.shapes}
+    return weights(recipe, step, "ema")
 
 
 def assert_same_numbers(lines: list[dict], others: list[dict], tolerance: float) -> None:

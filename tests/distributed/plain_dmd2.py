@@ -212,7 +212,7 @@ def plain_dmd2(
             loss.backward()
             line["loss/regression"] = float(loss.detach())
             line["grad_norm/generator"] = float(torch.nn.utils.clip_grad_norm_(generator.parameters(), recipe.generator.max_grad_norm))
-            optimizer_g.param_groups[0]["lr"] = recipe.generator.lr * (0.5 if step == 0 else 1.0)
+            optimizer_g.param_groups[0]["lr"] = (recipe.regression.lr or recipe.generator.lr) * (0.5 if step == 0 else 1.0)
             optimizer_g.step()
             log.append(line)
             continue

@@ -8,11 +8,11 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file
 
-from dmd_ds.checkpoint import ZeroWeights
 from dmd_ds.errors import UserError
 from dmd_ds.export import find_student, to_comfyui, to_diffusers, to_wan
 from dmd_ds.lora import to_own_lora
 from dmd_ds.recipe import dump_recipe
+from dmd_ds.shards import Shards
 from dmd_ds.wan.denoiser import WanDenoiser
 from dmd_ds.wan.guidance import add_guidance_embedding, fresh_weights
 from dmd_ds.wan.original import GUIDANCE
@@ -70,7 +70,7 @@ def test_losses_norms_and_weights_are_those_of_plain_pytorch(recipe):
 
 
 def test_a_checkpoint_holds_the_adapter_and_a_fresh_embedding_and_nothing_else(recipe):
-    zero = ZeroWeights(Path(recipe.output_dir) / "checkpoints" / f"step_{STEPS:06d}" / "generator")
+    zero = Shards(Path(recipe.output_dir) / "checkpoints" / f"step_{STEPS:06d}" / "generator")
     adapter = [name for name in zero.shapes if ".lora_A." in name or ".lora_B." in name]
     others = zero.shapes.keys() - set(adapter)
     assert len(adapter) == 2 * 10 * 2
