@@ -11,11 +11,11 @@ from pydantic_core import PydanticCustomError
 
 from dmd_ds.data.latents import pad_embeds
 from dmd_ds.data.video import VideoSize
-from dmd_ds.errors import UserError, read_json
+from dmd_ds.errors import UserError, read_json, read_json_mapping
 from dmd_ds.randomness import Randomness
-from dmd_ds.recipe import Positive, Sampling, Section, explain
+from dmd_ds.recipe import Positive, Sampling, Section, Steps, explain, validated
 from dmd_ds.sampler import Velocity, few_step_schedule, few_step_x0, guided, scheduler_sample, with_steps
-from dmd_ds.wan import original_parts
+from dmd_ds.wan import diffusers_parts, original_parts
 from dmd_ds.wan.autoencoder import decode, latents_shape, load_autoencoder
 from dmd_ds.wan.denoiser import WHOLE_SEQUENCE, ImageCondition, WanDenoiser, WholeSequence
 from dmd_ds.wan.guidance import takes_guidance
@@ -30,7 +30,7 @@ SETTINGS_FILE = "sampling.json"  # beside model_index.json, in the folders that 
 class Settings(Section):
     """How a model is sampled. The defaults are Wan2.1's own; a student's folder says what it was trained for."""
 
-    steps: Positive = 50
+    steps: Steps = 50
     guidance: float = Field(5.0, ge=0, description="Ho and Salimans' scale; 1 is the conditional model alone")
     few_step: Sampling | None = Field(None, description="how a few-step student samples; None is the folder's own scheduler")
     frames: Positive = 81
@@ -56,7 +56,7 @@ class Settings(Section):
                 changes["few_step"] = with_steps(self.few_step, changes["steps"]).model_dump()
             return Settings.model_validate({**self.model_dump(), **changes})
         except ValidationError as error:
-            raise UserError(explain(error.errors()[0])) from error
+            raise UserError(explain(error.errors()[0], Settings)) from error
 
 
 def read_settings(folder: Path) -> Settings:
@@ -64,10 +64,7 @@ def read_settings(folder: Path) -> Settings:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return Settings()
-    try:
-        return Settings.model_validate(read_json(path))
-    except ValidationError as error:
-        raise UserError(f"{path}: {explain(error.errors()[0])}") from error
+    return validated(Settings, read_json(path), str(path))
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
@@ -79,10 +76,10 @@ def load_scheduler(folder: Path) -> UniPCMultistepScheduler:
     if is_original(folder):
         return original_parts.scheduler()
     path = folder / "scheduler" / "scheduler_config.json"
-    name = read_json(path).get("_class_name")
+    name = read_json_mapping(path).get("_class_name")
     if name != "UniPCMultistepScheduler":
         raise UserError(f"{path}: {name}, not Wan2.1's UniPCMultistepScheduler; a few-step student needs its {SETTINGS_FILE} beside it")
-    return UniPCMultistepScheduler.from_pretrained(folder / "scheduler")
+    return diffusers_parts.scheduler(folder / "scheduler")
 
 
 def fingerprint(folder: Path) -> str:

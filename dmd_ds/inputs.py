@@ -15,6 +15,7 @@ from dmd_ds.recipe import Optimizer, Recipe
 from dmd_ds.sampler import few_step_schedule
 from dmd_ds.validation import check_validation
 from dmd_ds.wan.autoencoder import latents_shape
+from dmd_ds.wan.denoiser import TEXT_TOKENS
 from dmd_ds.wan.guidance import has_guidance_embedding
 from dmd_ds.wan.weights import find_model, takes_image, transformer_config, transformer_tensors
 
@@ -99,6 +100,8 @@ def check_inputs(recipe: Recipe) -> Inputs:
             if size % patch:
                 patches = config["patch_size"]
                 raise UserError(f"data.path={recipe.data.path}: latents {list(shape[1:])} do not divide into patches {patches}")
+    if dataset.most_prompt_tokens > TEXT_TOKENS:
+        raise UserError(f"data.path={recipe.data.path}: a prompt of {dataset.most_prompt_tokens} tokens, Wan2.1 takes {TEXT_TOKENS}")
     text_width = dataset.negative_embeds_LD.shape[1]
     if text_width != config["text_dim"]:
         raise UserError(f"data.path={recipe.data.path}: text of width {text_width}, model.path takes {config['text_dim']}")

@@ -2,21 +2,29 @@
 
 import difflib
 import itertools
+import os
 import re
+import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from dmd_ds.errors import UserError
+from dmd_ds.errors import UserError, read_text
 
 PACKAGE = Path(__file__).parent
+SHORT = reprlib.Repr()  # of values in messages: aliases in YAML make a few bytes into gigabytes of text
+SHORT.maxdict = SHORT.maxlist = SHORT.maxtuple = 16
+SHORT.maxstring = SHORT.maxother = 200
+SHORT.maxlevel = 3
 REPOSITORY = PACKAGE.parent
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
+Steps = Annotated[int, Field(ge=1, le=1000)]  # of sampling: a model knows 1000 timesteps
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what torch takes
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Sigma = Annotated[float, Field(ge=0, le=1)]
 NotNegativeNumber = Annotated[float, Field(ge=0)]
@@ -24,8 +32,18 @@ VideoSize = Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*x[1-9]\d*$")]
 Timesteps = Annotated[tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=1)]
 
 
+AnySection = TypeVar("AnySection", bound=BaseModel)
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_text(cls, given: Any) -> Any:
+        if isinstance(given, str) and "\0" in given:
+            raise PydanticCustomError("nul", "holds a NUL character")
+        return given
 
 
 class Model(Section):
@@ -140,7 +158,7 @@ class Gan(Section):
 class Sampling(Section):
     """How the generator samples, in training and after: its noise levels and what leads from one to the next."""
 
-    steps: Positive = 4
+    steps: Steps = 4
     grid: Literal["stretched", "wan"] = Field(
         "stretched",
         description="stretched: from 1 down to last_sigma, as a stock FlowMatchEulerDiscreteScheduler has it; wan: from 0.999 in even "
@@ -204,7 +222,7 @@ class Recipe(Section):
     keep_checkpoints: Positive | None = Field(None, description="the newest so many stay, and the best; null: all")
     keep_every: Positive | None = Field(None, description="with keep_checkpoints: those of every so many steps stay too")
     background_save: bool = Field(False, description="training waits for a copy in the host's memory and not for the disk")
-    seed: int = 0
+    seed: Seed = 0
     activation_checkpointing: bool = True
     activation_offload: bool = Field(False, description="what checkpointing keeps, each block's input, is kept in the host's memory")
     model: Model
@@ -255,9 +273,9 @@ def shipped_recipes() -> list[str]:
 def find_recipe(name: str) -> Path:
     """The file of a shipped recipe's name, or the YAML file itself."""
     shipped = PACKAGE / "recipes" / f"{name}.yaml"
-    if shipped.is_file():
+    if os.path.isfile(shipped):  # unlike Path.is_file it takes any text for a name, the longest too
         return shipped
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Path(name)
     shipped = shipped_recipes()
     raise UserError(f"recipe {name!r} is neither a YAML file nor one that ships ({', '.join(shipped)}){nearest(name, shipped)}")
@@ -282,18 +300,21 @@ def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]
 def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
     """The recipe of a shipped name or YAML file, with `key=value` overrides; `UserError` names the file and the key."""
     path = find_recipe(name)
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    tree = parse_yaml(read_text(path), str(path))
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys, not a {type(tree).__name__}")
     for override in overrides:
         set_key(tree, override)
+    return validated(Recipe, tree, str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What YAML says, values alone: no tag of it makes an object of another kind. `where` names it in errors."""
     try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{path}: {explain(error.errors()[0])}") from error
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # all but the first: of values like !!int x
+        raise UserError(f"{where}: not readable as YAML: {error}") from error
 
 
 def set_key(tree: dict[str, Any], override: str) -> None:
@@ -306,23 +327,28 @@ def set_key(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise UserError(f"{key}: {'.'.join(sections[: depth + 1])} is a value, not a section")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{override!r}: the value is not readable as YAML") from error
+    value = parse_yaml(text, repr(override))
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-5 as text: it wants a dot and a sign
     tree[leaf] = value
 
 
-def explain(problem: dict[str, Any]) -> str:
+def validated(section: type[AnySection], value: Any, where: str, within: str = "") -> AnySection:
+    """The value as that section; `UserError`, begun with `where`, for one that is none. `within`: before its keys in errors."""
+    try:
+        return section.model_validate(value)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error.errors()[0], section, within)}") from error
+
+
+def explain(problem: dict[str, Any], section: type[BaseModel] = Recipe, within: str = "") -> str:
     """One line for one pydantic problem."""
-    key = ".".join(str(part) for part in problem["loc"])
+    key = within + ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}{nearest(key, known_keys())}"
+        return f"unknown key {key}{nearest(key, known_keys(section, within))}"
     if problem["type"] == "missing":
         return f"the key {key} is missing"
-    return f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return f"{key}={SHORT.repr(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -335,9 +361,9 @@ def dump_recipe(recipe: Recipe) -> str:
 def find_folder(key: str, path: str, holding: str) -> Path:
     """The folder a recipe's key names: from here, or one that ships in dmd_ds/assets. It must hold the named file."""
     for folder in (Path(path), PACKAGE / "assets" / path):
-        if (folder / holding).is_file():
+        if os.path.isfile(folder / holding):
             return folder
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{key}={path}: no {holding} in that folder")
     raise UserError(f"{key}={path}: no such folder, here or in {PACKAGE.name}/assets")
 
@@ -345,13 +371,13 @@ def find_folder(key: str, path: str, holding: str) -> Path:
 def find_file(key: str, path: str) -> Path:
     """The file a recipe's key names: from here, or one that ships in dmd_ds/assets."""
     for file in (Path(path), PACKAGE / "assets" / path):
-        if file.is_file():
+        if os.path.isfile(file):
             return file
     raise UserError(f"{key}={path}: no such file, here or in {PACKAGE.name}/assets")
 
 
 def find_ds_config(key: str, path: str) -> Path:
     for file in (Path(path), REPOSITORY / path):
-        if file.is_file():
+        if os.path.isfile(file):
             return file
     raise UserError(f"{key}={path}: no such file")

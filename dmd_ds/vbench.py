@@ -8,13 +8,14 @@
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dmd_ds.checkpoint import write_whole
 from dmd_ds.data.video import write_video
-from dmd_ds.errors import UserError, read_json
+from dmd_ds.errors import UserError, read_json, read_text
 from dmd_ds.generation import Settings, VideoModel
 from dmd_ds.parallel.mesh import Mesh
 from dmd_ds.wan.autoencoder import decode
@@ -32,23 +33,21 @@ class Wanted:
 
 def read_prompts(path: Path) -> list[str]:
     """VBench's list, a prompt a line; those that come twice once."""
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--vbench {path}: not readable: {error}") from error
+    lines = [line.strip() for line in read_text(path).splitlines()]
     prompts = list(dict.fromkeys(line for line in lines if line))
     if not prompts:
-        raise UserError(f"--vbench {path}: holds no prompt")
+        raise UserError(f"{path}: holds no prompt")
     return prompts
 
 
 def file_stem(prompt: str) -> str:
-    """The prompt itself, which is what VBench looks for, unless no file can be called so: then what can be of it, and a hash.
+    """The prompt itself, which is what VBench looks for, unless no file should be called so: then what can be of it, and a hash.
 
-    Those files VBench's standard mode does not find; prompts.json names their prompts.
+    That is for slashes and what no printer prints, dots in front, which hide a file, names that are too long, and those that look
+    as if they had a hash already. Such files VBench's standard mode does not find; prompts.json names their prompts.
     """
-    harmless = prompt.replace("/", "_").replace("\0", "_")
-    if harmless == prompt and len(prompt.encode()) <= 255 - ENDINGS:
+    harmless = "".join(c if c.isprintable() and c != "/" else "_" for c in re.sub(r"^\.+", "_", prompt))
+    if harmless == prompt and len(prompt.encode()) <= 255 - ENDINGS and not re.search(r"~[0-9a-f]{8}$", prompt):
         return prompt
     short = harmless.encode()[:LONGEST].decode(errors="ignore")
     return f"{short}~{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"

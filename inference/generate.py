@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dmd_ds.checkpoint import write_whole
 from dmd_ds.data.video import read_image, write_video
-from dmd_ds.errors import UserError, one_line_errors
+from dmd_ds.errors import UserError, one_line_errors, read_jsonl, read_text
 from dmd_ds.generation import Settings, VideoModel, fingerprint, inference_dtype, read_settings
 from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.mesh import Mesh, check_degrees, joined
@@ -54,20 +54,18 @@ def read_jobs(path: Path, seed: int, image: Path | None = None) -> list[Job]:
     """The prompts of a txt or jsonl file; `UserError` names the line."""
     if not path.is_file():
         raise UserError(f"--prompts {path}: no such file")
-    try:
-        lines = [(number, line.strip()) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not readable as text: {error}") from error
-    if not lines:
-        raise UserError(f"{path}: holds no prompt")
     if path.suffix != ".jsonl":
-        return [Job(line, seed + i, image) for i, (_, line) in enumerate(lines)]
+        jobs = [Job(line, seed + i, image) for i, line in enumerate(filter(None, map(str.strip, read_text(path).splitlines())))]
+    else:
+        jobs = read_records(path, seed, image)
+    if not jobs:
+        raise UserError(f"{path}: holds no prompt")
+    return jobs
+
+
+def read_records(path: Path, seed: int, image: Path | None) -> list[Job]:
     jobs = []
-    for i, (number, line) in enumerate(lines):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not readable as JSON: {error.msg}") from error
+    for i, (number, record) in enumerate(read_jsonl(path)):
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise UserError(f'{path}:{number}: a line reads {{"prompt": "...", "image": "a.png", "seed": 7}}, the last two if wanted')
         own_seed = record.get("seed", seed + i)
@@ -118,8 +116,11 @@ def generate(model: VideoModel, jobs: list[Job], out: Path, settings: Settings, 
 
 def write_manifest(manifest: Path, by_file: dict[str, dict]) -> None:
     """A line a file: those of earlier runs stay."""
-    records = [json.loads(line) for line in manifest.read_text().splitlines()] if manifest.is_file() else []
-    by_file = {record["file"]: record for record in records} | by_file
+    earlier = read_jsonl(manifest) if manifest.is_file() else []
+    for number, record in earlier:
+        if not isinstance(record, dict) or not isinstance(record.get("file"), str):
+            raise UserError(f"{manifest}:{number}: no record of a video; move the file away")
+    by_file = {record["file"]: record for _, record in earlier} | by_file
     write_whole(manifest, "".join(json.dumps(record) + "\n" for record in by_file.values()))
 
 

@@ -14,6 +14,8 @@ from dmd_ds.inputs import check_inputs
 from dmd_ds.recipe import PACKAGE, REPOSITORY, dump_recipe
 from tests.mini import IMAGE_EMBEDS_SHAPE, make_dataset, make_recipe
 
+SECRET = "a-key-that-stays-in-the-environment"
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -23,7 +25,7 @@ def world(tmp_path_factory):
 
 
 def train(*arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "OPENAI_API_KEY"), SECRET)}
     command = [*launcher, "dmd_ds/train.py", *arguments]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
 
@@ -51,6 +53,9 @@ def test_the_launcher_with_the_local_hostfile_trains_and_the_same_command_resume
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all({"loss/fake_score", "grad_norm/fake_score", "seconds"} <= line.keys() for line in lines)
     assert ["loss/dm" in line for line in lines] == ["grad_norm/generator" in line for line in lines] == [True, False, True]
+    written = [path for path in (world / "launched").rglob("*") if path.is_file()]
+    assert len(written) > 5 and not [path for path in written if SECRET.encode() in path.read_bytes()]
+    assert not any(SECRET in text for run in (first, again) for text in (run.stdout, run.stderr))
 
 
 @pytest.mark.parametrize(

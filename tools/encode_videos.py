@@ -15,7 +15,6 @@ width) a clip goes to the one that loses least of it; training takes each step's
 
 import argparse
 import dataclasses
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from dmd_ds.data.latents import LatentsWriter
 from dmd_ds.data.video import VideoSize, best_size, read_video, size_of_film
-from dmd_ds.errors import UserError, one_line_errors
+from dmd_ds.errors import UserError, one_line_errors, read_json, read_jsonl, read_text
 from dmd_ds.wan.autoencoder import encode, latents_shape, load_autoencoder
 from dmd_ds.wan.image import load_image_encoder, show_first_frame
 from dmd_ds.wan.text import encode_prompts, load_text_encoder
@@ -51,42 +50,25 @@ def parse_clip(where: str, record: object, folder: Path, path_key: str, caption_
     return Clip(folder / path, caption)
 
 
-def read_caption(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not readable as text: {error}") from error
-
-
 def list_clips(source: Path) -> list[Clip]:
     """The clips that a jsonl, a videos2caption.json or a folder names; `UserError` names file and line."""
     if source.is_dir():
         videos = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEO_ENDINGS)
-        clips = [Clip(path, read_caption(path.with_suffix(".txt"))) for path in videos if path.with_suffix(".txt").is_file()]
+        clips = [Clip(path, read_text(path.with_suffix(".txt")).strip()) for path in videos if path.with_suffix(".txt").is_file()]
         if not clips:
             raise UserError(f"{source}: {len(videos)} videos, none with a .txt of the same stem beside it")
         return clips
     if not source.is_file():
         raise UserError(f"{source}: no such file or folder")
-    try:
-        text = source.read_text()
-        if source.suffix == ".jsonl":
-            lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-            records = []
-            for number, line in lines:
-                try:
-                    records.append((f"{source}:{number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{source}:{number}: not readable as JSON: {error.msg}") from error
-            keys = "video_path", "caption"
-        else:
-            content = json.loads(text)
-            if not isinstance(content, list):
-                raise UserError(f"{source}: a list of clips is expected, not a {type(content).__name__}")
-            records = [(f"{source}: clip {number}", record) for number, record in enumerate(content)]
-            keys = "path", "cap"
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not readable as JSON: {error}") from error
+    if source.suffix == ".jsonl":
+        records = [(f"{source}:{number}", record) for number, record in read_jsonl(source)]
+        keys = "video_path", "caption"
+    else:
+        content = read_json(source)
+        if not isinstance(content, list):
+            raise UserError(f"{source}: a list of clips is expected, not a {type(content).__name__}")
+        records = [(f"{source}: clip {number}", record) for number, record in enumerate(content)]
+        keys = "path", "cap"
     if not records:
         raise UserError(f"{source}: names no clip")
     return [parse_clip(where, record, source.parent, *keys) for where, record in records]

@@ -12,11 +12,13 @@ import argparse
 import json
 from pathlib import Path
 
-from dmd_ds.errors import UserError, one_line_errors, read_json
+from dmd_ds.errors import UserError, one_line_errors, read_json_mapping
+from dmd_ds.parallel.engine import parse_ds_config
 from dmd_ds.planner.choose import Plan, cheapest, plan
 from dmd_ds.planner.cost import Machine, between_nodes, collectives
 from dmd_ds.planner.sizes import PUBLISHED, ModelSize, Setup, Video, published_size, setup_of
-from dmd_ds.recipe import PACKAGE, Recipe, find_ds_config, load_recipe
+from dmd_ds.recipe import PACKAGE, Recipe, find_ds_config, load_recipe, validated
+from dmd_ds.wan.diffusers_parts import Transformer
 
 GB = 1e9
 
@@ -25,20 +27,13 @@ def model_size(recipe: Recipe, name: str) -> ModelSize:
     """Of the model's own configuration where it lies on disk, else of the published size that the names speak of."""
     for folder in (Path(recipe.model.path), PACKAGE / "assets" / recipe.model.path):
         if (folder / "transformer" / "config.json").is_file():
-            return ModelSize.from_config(read_json(folder / "transformer" / "config.json"))
+            path = folder / "transformer" / "config.json"
+            return ModelSize.from_config(validated(Transformer, read_json_mapping(path), str(path)).model_dump())
     size = published_size(recipe.model.path, name)
     if size is None:
         known = " or ".join(PUBLISHED)
         raise UserError(f"model.path={recipe.model.path} is not on disk, and neither it nor {name!r} names a published size, {known}")
     return size
-
-
-def ds_config(key: str, path: str) -> dict:
-    file = find_ds_config(key, path)
-    config = read_json(file)
-    if not isinstance(config, dict) or config.get("zero_optimization", {}).get("stage") != 3:
-        raise UserError(f"{file}: the planner knows zero_optimization.stage=3 only")
-    return config
 
 
 def table(title: str, terms: dict[str, float], unit: float = GB) -> str:
@@ -119,7 +114,7 @@ def main() -> None:
         hd = "720p" in a.recipe
         video = Video(a.frames, a.height or (720 if hd else 480), a.width or (1280 if hd else 832))
         ds_configs = {
-            name: ds_config(f"{name}.ds_config", section.ds_config)
+            name: parse_ds_config(find_ds_config(f"{name}.ds_config", section.ds_config))
             for name, section in (("generator", recipe.generator), ("fake_score", recipe.fake_score))
         }
         setup = setup_of(recipe, model_size(recipe, a.recipe), video, a.gpus, ds_configs)

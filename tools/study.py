@@ -21,6 +21,7 @@ table.md and study.json: means over the seeds, and how far the seeds lie apart.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -29,15 +30,14 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from dmd_ds import checkpoint
 from dmd_ds.checkpoint import write_whole
 from dmd_ds.data import moving_shapes
-from dmd_ds.errors import RunError, UserError, one_line_errors
+from dmd_ds.errors import RunError, UserError, one_line_errors, read_text
 from dmd_ds.evaluation import REFERENCE, Evaluator, caption_list, compare, lines_of
-from dmd_ds.recipe import REPOSITORY, Recipe, Section, explain, load_recipe, nearest
+from dmd_ds.recipe import REPOSITORY, Recipe, Section, Seed, load_recipe, nearest, parse_yaml, validated
 from dmd_ds.source import find_source
 
 STUDIES = REPOSITORY / "tools" / "studies"
@@ -46,15 +46,20 @@ COLUMNS = ("gap_closed", "frechet", "both_of_teacher", "diversity", "speed_of_te
 
 class Study(Section):
     recipe: str = "tiny"
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Seed] = Field([0], min_length=1)
     prompts: Annotated[int, Field(ge=2)] = 256
-    first_seed: int = Field(1000, description="of the judged videos")
+    first_seed: Seed = Field(1000, description="of the judged videos")
     common: list[str] = Field([], description="key=value, changes to the recipe of all runs")
     runs: dict[str, list[str]] = Field(min_length=1)
 
     def recipe_of(self, name: str, seed: int, out: Path) -> Recipe:
-        where = out / f"{name.replace(' ', '_').replace('/', '_')}-{seed}"
+        where = out / f"{folder_name(name)}-{seed}"
         return load_recipe(self.recipe, [*self.common, *self.runs[name], f"seed={seed}", f"output_dir={where}"])
+
+
+def folder_name(name: str) -> str:
+    """What a run's folder is called but for its seed: it lies in the study's."""
+    return re.sub(r"[^\w.+=,-]", "_", name)[:100]
 
 
 def find_study(name: str) -> Path:
@@ -66,12 +71,13 @@ def find_study(name: str) -> Path:
 
 
 def read_study(path: Path) -> Study:
-    try:
-        return Study.model_validate(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        raise UserError(f"{path}: {explain(error.errors()[0])}") from error
+    study = validated(Study, parse_yaml(read_text(path), str(path)), str(path))
+    named = {}
+    for name in study.runs:
+        if folder_name(name) in named:
+            raise UserError(f"{path}: runs {named[folder_name(name)]!r} and {name!r} would be one folder; give one another name")
+        named[folder_name(name)] = name
+    return study
 
 
 def is_finished(recipe: Recipe) -> bool:

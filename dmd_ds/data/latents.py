@@ -1,12 +1,14 @@
 """A latents dataset: what tools/encode_videos.py writes and training reads.
 
-    index.json            format, frames a second, the shards and how many samples each holds; for image to video also
-                          `image_embeds_shape`, [L, D]
+    index.json            format, frames a second, the shards and how many samples each holds, `negative_crc32` of the bytes in
+                          negative.safetensors; for image to video also `image_embeds_shape`, [L, D]
     shard-00000.safetensors   for each sample i: `{i}.latents` [C, T, H, W] and `{i}.prompt_embeds` [L, D], without padding;
                           for image to video also `{i}.first_frame_latents` [C, T, H, W] and `{i}.image_embeds` [L, D]
-    shard-00000.jsonl     for each sample, a line: caption, source, frames, height, width, latents_shape, prompt_tokens
+    shard-00000.jsonl     for each sample, a line: caption, source, frames, height, width, latents_shape, prompt_tokens, and
+                          `crc32`, the checksum of each of its tensors' bytes
 
-Samples of one latents shape form a bucket; a global batch is of one bucket, so that every rank does the same work.
+Samples of one latents shape form a bucket; a global batch is of one bucket, so that every rank does the same work. Opened, a
+dataset is checked but for the tensors' bytes, and these whenever they are read.
 """
 
 import dataclasses
@@ -16,15 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dmd_ds.errors import UserError, read_json
+from dmd_ds.data.shards import (
+    FORMAT,
+    INDEX,
+    NEGATIVE,
+    NEGATIVE_EMBEDS,
+    About,
+    checksum,
+    read_index,
+    read_negative,
+    read_shard,
+    read_tensor,
+)
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import find_folder
-
-FORMAT = "dmd_ds latents 1"
-INDEX = "index.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +54,6 @@ class Sample:
     caption: str
 
 
-def read_tensor(path: Path, name: str) -> torch.Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: {name} cannot be read: {error}") from error
-
-
 class LatentsWriter:
     """Writes a dataset shard by shard; it becomes readable when `close` writes its index."""
 
@@ -71,13 +72,14 @@ class LatentsWriter:
         shape = None if first_frame is None else list(first_frame.embeds.shape)
         assert shape == self.image_embeds_shape or not (self.lines or self.shards)
         self.image_embeds_shape = shape
+        tensors = {"latents": latents_CTHW, "prompt_embeds": prompt_embeds_LD}
         if first_frame is not None:
-            self.tensors[f"{number}.first_frame_latents"] = first_frame.latents.contiguous()
-            self.tensors[f"{number}.image_embeds"] = first_frame.embeds.contiguous()
-        self.tensors[f"{number}.latents"] = latents_CTHW.contiguous()
-        # a copy: clips may share a caption, and safetensors refuses tensors that share memory
-        self.tensors[f"{number}.prompt_embeds"] = prompt_embeds_LD.clone(memory_format=torch.contiguous_format)
-        self.lines.append({**about, "latents_shape": list(latents_CTHW.shape), "prompt_tokens": len(prompt_embeds_LD)})
+            tensors |= {"first_frame_latents": first_frame.latents, "image_embeds": first_frame.embeds}
+        # copies: clips may share a caption, and safetensors refuses tensors that share memory
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        self.tensors |= {f"{number}.{name}": tensor for name, tensor in tensors.items()}
+        crc32 = {name: checksum(tensor) for name, tensor in tensors.items()}
+        self.lines.append({**about, "latents_shape": list(latents_CTHW.shape), "prompt_tokens": len(prompt_embeds_LD), "crc32": crc32})
         if len(self.lines) == self.samples_a_shard:
             self._write_shard()
 
@@ -91,8 +93,8 @@ class LatentsWriter:
     def close(self) -> None:
         if self.lines:
             self._write_shard()
-        save_file({"negative_embeds": self.negative_embeds_LD.contiguous()}, self.folder / "negative.safetensors")
-        index = {"format": FORMAT, "fps": self.fps, "shards": self.shards}
+        save_file({NEGATIVE_EMBEDS: self.negative_embeds_LD.contiguous()}, self.folder / NEGATIVE)
+        index = {"format": FORMAT, "fps": self.fps, "shards": self.shards, "negative_crc32": checksum(self.negative_embeds_LD)}
         if self.image_embeds_shape is not None:
             index["image_embeds_shape"] = self.image_embeds_shape
         temporary = self.folder / f"{INDEX}.tmp"
@@ -105,25 +107,23 @@ class LatentsDataset(torch.utils.data.Dataset):
 
     def __init__(self, path: str):
         self.folder = find_folder("data.path", path, INDEX)
-        index = read_json(self.folder / INDEX)
-        if index.get("format") != FORMAT:
-            raise UserError(f"{self.folder / INDEX}: format {index.get('format')!r}, this version reads {FORMAT!r}")
-        self.fps: float = index["fps"]
-        self.image_embeds_shape: list[int] | None = index.get("image_embeds_shape")  # None: made for text to video
+        index = read_index(self.folder / INDEX)
+        self.fps: float = index.fps
+        self.image_embeds_shape = index.image_embeds_shape
+        self.negative_embeds_LD = read_negative(self.folder / NEGATIVE, index.negative_crc32)
         self.places: list[tuple[str, int]] = []  # (shard, number within it)
         self.about: list[dict[str, Any]] = []
-        for shard in index["shards"]:
-            for name in (f"{shard['name']}.safetensors", f"{shard['name']}.jsonl"):
-                if not (self.folder / name).is_file():
-                    raise UserError(f"{self.folder / name} is missing, though {INDEX} names it")
-            lines = (self.folder / f"{shard['name']}.jsonl").read_text().splitlines()
-            if len(lines) != shard["samples"]:
-                raise UserError(f"{self.folder}/{shard['name']}.jsonl: {len(lines)} samples, the index says {shard['samples']}")
-            self.about += [json.loads(line) for line in lines]
-            self.places += [(shard["name"], number) for number in range(len(lines))]
-        if not self.places:
-            raise UserError(f"{self.folder}: the dataset holds no sample")
-        self.negative_embeds_LD = read_tensor(self.folder / "negative.safetensors", "negative_embeds")
+        for shard in index.shards:
+            lines = read_shard(self.folder, shard, self._shapes)
+            self.about += [about.model_dump() for about in lines]
+            self.places += [(shard.name, number) for number in range(len(lines))]
+
+    def _shapes(self, about: About) -> dict[str, tuple[int, ...]]:
+        """Of a sample's tensors, by name."""
+        shapes = {"latents": about.latents_shape, "prompt_embeds": (about.prompt_tokens, self.negative_embeds_LD.shape[1])}
+        if self.image_embeds_shape is None:
+            return shapes
+        return {**shapes, "first_frame_latents": about.latents_shape, "image_embeds": self.image_embeds_shape}
 
     def __len__(self) -> int:
         return len(self.places)
@@ -147,7 +147,8 @@ class LatentsDataset(torch.utils.data.Dataset):
 
     def _tensor(self, index: int, name: str) -> torch.Tensor:
         shard, number = self.places[index]
-        return read_tensor(self.folder / f"{shard}.safetensors", f"{number}.{name}")
+        crc32 = self.about[index]["crc32"][name]
+        return read_tensor(self.folder / f"{shard}.safetensors", f"{number}.{name}", f"sample {number}: {name}", crc32)
 
     def latents(self, index: int) -> torch.Tensor:
         """`[C, T, H, W]`."""

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from dmd_ds.errors import UserError
 
 FRAMES, HEIGHT, WIDTH, FPS = 17, 64, 64, 8
+FEATURES = 63  # numbers a clip is known by, for the Fréchet distance
 BACKGROUND = 32
 BRIGHT = 224  # a lit channel; an unlit one stays at the background's 32
 COLORS = {
@@ -262,7 +263,7 @@ def _pooled_deviation(groups: list[np.ndarray]) -> float:
 
 
 def features(video_THW3: np.ndarray) -> np.ndarray:
-    """63 numbers a clip: colour, place, edges, change and saturation in its first, middle and last third.
+    """`FEATURES` numbers a clip: colour, place, edges, change and saturation in its first, middle and last third.
 
     Each group is scaled so that its variance over real clips is about 1 (measured on 540), so none drowns the others.
     """
@@ -297,9 +298,11 @@ def read_features(path: Path) -> np.ndarray:
         found = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not readable as safetensors: {error}") from error
-    if "features" not in found or found["features"].ndim != 2:
-        raise UserError(f"{path}: holds no table `features` of a kept set")
-    return found["features"].astype(np.float64)
+    table = found.get("features")
+    if table is None or table.ndim != 2 or table.shape[1] != FEATURES or len(table) < 2 or not np.isfinite(table).all():
+        shape = "nothing" if table is None else f"{table.dtype} {list(table.shape)}"
+        raise UserError(f"{path}: features is {shape}; of a kept set it is {FEATURES} finite numbers a video, of 2 videos at least")
+    return table.astype(np.float64)
 
 
 def frechet_distance(features_NF: np.ndarray, reference_NF: np.ndarray) -> float:

@@ -4,6 +4,7 @@ Videos are uint8 `[T, H, W, 3]`.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dmd_ds.errors import UserError
 
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,flv,asf,ogg"  # ffmpeg's names of what a film comes in
+MOST_PIXELS = 2**26
+
 
 class VideoSize(NamedTuple):
     frames: int
@@ -27,7 +31,7 @@ class VideoSize(NamedTuple):
     def parse(cls, text: str) -> "VideoSize":
         """Of `81x480x832`: frames x height x width."""
         numbers = text.split("x")
-        if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
+        if len(numbers) != 3 or not all(re.fullmatch(r"[0-9]{1,6}", number) and int(number) for number in numbers):
             raise UserError(f"{text!r} is no size of a video; write frames x height x width, as 81x480x832")
         return cls(*map(int, numbers))
 
@@ -61,18 +65,24 @@ def fit(frames_THW3: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(frames_THW3[:, top : top + height, left : left + width])
 
 
+def open_film(path: Path) -> av.container.InputContainer:
+    """A file that may come from elsewhere: one that only lists others, here or on a network, is no film."""
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    return av.open(str(path), options=options, metadata_errors="replace")
+
+
 def size_of_film(path: Path, fps: float) -> VideoSize:
     """How many frames a film has at `fps`, and its picture's size, from what it says of itself; `UserError` as in `read_video`."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with av.open(str(path)) as container:
+        with open_film(path) as container:
             if not container.streams.video:
                 raise UserError(f"{path}: holds no video")
             stream = container.streams.video[0]
             seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / av.time_base
-            if not stream.width or not stream.height:
-                raise UserError(f"{path}: holds no frame")
+            if stream.codec_context is None or not stream.width or not stream.height:
+                raise UserError(f"{path}: holds no frame that can be read")
             return VideoSize(max(1, round(seconds * fps)), stream.height, stream.width)
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"{path}: not readable as a video: {error}") from error
@@ -85,9 +95,9 @@ def read_video(path: Path, frames: int, height: int, width: int, fps: float) -> 
         raise UserError(f"{path}: no such file")
     kept, pieces = 0, []
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UserError(f"{path}: holds no video")
+        with open_film(path) as container:
+            if not container.streams.video or container.streams.video[0].codec_context is None:
+                raise UserError(f"{path}: holds no video that can be read")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             begin = last = None
@@ -116,6 +126,8 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
         raise UserError(f"{path}: no such file")
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:  # a small file can say so and take all memory
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, at most {MOST_PIXELS} are read")
             picture_HW3 = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path}: not readable as an image: {error}") from error

@@ -5,36 +5,93 @@ Two rules of use, both measured: a forward that is not followed by this engine's
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import set_z3_leaf_modules
+from pydantic import Field
 from torch import nn
 
-from dmd_ds.errors import UserError, read_json
-from dmd_ds.recipe import Data, Optimizer, find_ds_config
+from dmd_ds.errors import UserError, read_json_mapping
+from dmd_ds.recipe import SHORT, Data, Optimizer, Section, find_ds_config, validated
+
+
+class Adam(Section):
+    """Parameters of DeepSpeed's Adam or PyTorch's. The recipe's own take the place of the first three."""
+
+    lr: Any = None
+    betas: Any = None
+    weight_decay: Any = None
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    torch_adam: bool = Field(False, description="PyTorch's, which needs no compiler")
+    adam_w_mode: bool = True
+
+
+class DSOptimizer(Section):
+    type: Literal["Adam", "AdamW"] = "AdamW"
+    params: Adam = Adam()
+
+
+class DSConfig(Section):
+    """What this project hands to DeepSpeed, which itself passes over a key that it does not know.
+
+    The recipe's own numbers take the place of the last four. Sections without types are checked by DeepSpeed.
+    """
+
+    zero_optimization: DeepSpeedZeroConfig
+    bf16: DeepSpeedBF16Config = DeepSpeedBF16Config()
+    fp16: DeepSpeedFP16Config = DeepSpeedFP16Config()
+    optimizer: DSOptimizer = DSOptimizer()
+    zero_allow_untested_optimizer: bool = False
+    zero_force_ds_cpu_optimizer: bool = True
+    communication_data_type: Literal["fp16", "bf16", "fp32"] | None = None
+    prescale_gradients: bool = False
+    gradient_predivide_factor: Annotated[float, Field(gt=0)] = 1.0
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    dump_state: bool = False
+    aio: dict[str, Any] = {}
+    comms_logger: dict[str, Any] = {}
+    flops_profiler: dict[str, Any] = {}
+    torch_autocast: dict[str, Any] = {}
+    train_micro_batch_size_per_gpu: Any = None
+    gradient_accumulation_steps: Any = None
+    gradient_clipping: Any = None
+    steps_per_print: Any = None
+
+
+def parse_ds_config(file: Path) -> dict[str, Any]:
+    """The JSON as it stands; `UserError` names file and line or key."""
+    config = read_json_mapping(file)
+    stage = config["zero_optimization"].get("stage") if isinstance(config.get("zero_optimization"), dict) else None
+    if type(stage) is not int or stage != 3:
+        raise UserError(f"{file}: zero_optimization.stage={SHORT.repr(stage)}; this project shards weights, which is stage 3")
+    for key in ("offload_param", "offload_optimizer"):  # DeepSpeed passes over the word "auto" here
+        offload = config["zero_optimization"].get(key)
+        if not isinstance(offload, dict | None):
+            raise UserError(f"{file}: zero_optimization.{key}={SHORT.repr(offload)}: a mapping with device is expected")
+    if validated(DSConfig, config, str(file)).fp16.enabled:
+        raise UserError(f"{file}: fp16 is enabled; this project trains in bf16 on accelerators and fp32 on the CPU")
+    return config
 
 
 def read_ds_config(key: str, path: str) -> dict[str, Any]:
-    """The JSON as it stands; `UserError` names file and line."""
+    """The same of the file that a recipe's key names, if this machine can do what it asks for."""
     file = find_ds_config(key, path)
-    config = read_json(file)
-    stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, dict) else None
-    if stage != 3:
-        raise UserError(f"{file}: zero_optimization.stage={stage!r}; this project shards weights, which is stage 3")
-    if config.get("fp16", {}).get("enabled"):
-        raise UserError(f"{file}: fp16 is enabled; this project trains in bf16 on accelerators and fp32 on the CPU")
+    config = parse_ds_config(file)
     check_offload(file, config["zero_optimization"])
     return config
 
 
 def check_offload(file: Path, zero: dict[str, Any]) -> None:
     """`UserError` for an offload that this machine, or this project, cannot do."""
-    if zero.get("offload_param", {}).get("device") == "nvme":
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
         raise UserError(f"{file}: offload_param.device='nvme'; weights are loaded into memory, the host's at the furthest: 'cpu'")
-    optimizer = zero.get("offload_optimizer", {})
+    optimizer = zero.get("offload_optimizer") or {}
     if optimizer.get("device") != "nvme":
         return
     if "nvme_path" not in optimizer:

@@ -12,17 +12,19 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterable
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import torch.distributed as dist
 
-from dmd_ds.errors import RunError, UserError, report
+from dmd_ds.errors import RunError, UserError, read_text, report
 
 Slots = dict[str, int]  # host -> ranks
 
@@ -54,9 +56,7 @@ def hostfile_slots() -> tuple[str, Slots] | None:
         for ancestor in psutil.Process().parents():
             path = argument(ancestor, "hostfile") or argument(ancestor, "H")
             if path and os.path.isfile(os.path.join(ancestor.cwd(), path)):
-                with open(os.path.join(ancestor.cwd(), path)) as file:
-                    lines = [line.split("#")[0].split() for line in file]
-                return path, {words[0]: int(words[1].partition("=")[2]) for words in lines if len(words) > 1}
+                return path, read_hostfile(Path(ancestor.cwd(), path))
     return None
 
 
@@ -72,6 +72,23 @@ def is_alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def read_hostfile(path: Path) -> Slots:
+    """A line a machine, `name slots=N`; `UserError` names the line."""
+    slots: Slots = {}
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        words = line.split("#")[0].split()
+        if not words:
+            continue
+        if len(words) < 2 or not re.fullmatch(r"slots=[0-9]{1,6}", words[1]):
+            raise UserError(f"{path}:{number}: {line.strip()!r} is not of the form `name slots=N`")
+        if words[0] in slots:
+            raise UserError(f"{path}:{number}: {words[0]} comes twice")
+        slots[words[0]] = int(words[1].removeprefix("slots="))
+    if not slots:
+        raise UserError(f"{path}: names no machine")
+    return slots
 
 
 def check_slots() -> None:

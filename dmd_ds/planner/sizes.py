@@ -155,8 +155,8 @@ class Zero:
             "persistence": "stage3_param_persistence_threshold",
             "sub_group": "sub_group_size",
         }
-        given = {field: int(section[name]) for field, name in names.items() if name in section}
-        offloads = {key: section.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")}
+        given = {field: int(section[name]) for field, name in names.items() if section.get(name, "auto") != "auto"}
+        offloads = {key: (section.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")}
         bf16 = config.get("bf16", {})
         states = bf16.get("bf16_master_weights_and_grads", False) and bf16.get("bf16_optimizer_states", False)
         return cls(**given, **offloads, bf16_states=states)

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan
 
 from dmd_ds.data.video import VideoSize
 from dmd_ds.errors import UserError
-from dmd_ds.wan import original_parts
+from dmd_ds.wan import diffusers_parts, original_parts
 from dmd_ds.wan.original_parts import is_original
 
 TIME_STRIDE, SPACE_STRIDE = 4, 8  # a latent frame stands for 4 frames, the first one for 1; a latent position for 8 x 8 pixels
@@ -30,7 +30,7 @@ def latents_shape(size: VideoSize, config: Mapping, where: str = "") -> tuple[in
 
 
 def load_autoencoder(folder: Path, device: torch.device) -> AutoencoderKLWan:
-    vae = original_parts.autoencoder(folder) if is_original(folder) else AutoencoderKLWan.from_pretrained(folder / "vae")
+    vae = original_parts.autoencoder(folder) if is_original(folder) else diffusers_parts.autoencoder(folder / "vae")
     vae = vae.to(device).eval().requires_grad_(False)
     for kernel in vae.parameters():  # channels last: the convolutions take half the time on a CPU
         if kernel.ndim in (4, 5):

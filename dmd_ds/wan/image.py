@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from dmd_ds.data.latents import FirstFrame, LatentsDataset
-from dmd_ds.wan import original_parts
+from dmd_ds.wan import diffusers_parts, original_parts
 from dmd_ds.wan.autoencoder import TIME_STRIDE, encode
 from dmd_ds.wan.denoiser import ImageCondition
 from dmd_ds.wan.original_parts import is_original
@@ -26,8 +26,8 @@ def load_image_encoder(folder: Path, device: torch.device) -> ImageEncoder:
     if is_original(folder):
         processor, encoder = original_parts.image_encoder(folder)
     else:
-        processor = CLIPImageProcessorPil.from_pretrained(folder / "image_processor")
-        encoder = CLIPVisionModel.from_pretrained(folder / "image_encoder")
+        processor = diffusers_parts.image_processor(folder / "image_processor")
+        encoder = diffusers_parts.image_encoder(folder / "image_encoder")
     return ImageEncoder(processor, encoder.to(device).eval().requires_grad_(False))
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 
 from dmd_ds.errors import UserError
+from dmd_ds.recipe import SHORT
 
 HEAD_WIDTH = 128  # of every published Wan2.1; its config.json says how many heads there are, where there is one
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of files repackaged for other programs
@@ -81,18 +82,28 @@ def diffusers_config(shapes: Mapping[str, tuple[int, ...]], config: Mapping, whe
     `config` is the original config.json, which leaves text width, patch size and image parts out; `where` names it in errors.
     """
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in shapes:
             raise UserError(f"{where}: no {to_original(name)} among its tensors; this is not a whole Wan2.1 transformer")
+        if len(shapes[name]) != dimensions or 0 in shapes[name]:
+            raise UserError(f"{where}: {name} is {list(shapes[name])}, a tensor of {dimensions} dimensions is expected")
         return shapes[name]
 
-    width, in_channels, *patch = shape("patch_embedding.weight")
+    width, in_channels, *patch = shape("patch_embedding.weight", 5)
     if "num_heads" not in config and width % HEAD_WIDTH:
         raise UserError(f"{where}: config.json names no num_heads, and width {width} is no multiple of {HEAD_WIDTH}")
     heads = config.get("num_heads", width // HEAD_WIDTH)
-    if width % heads:
-        raise UserError(f"{where}: config.json's num_heads={heads} does not divide the width {width}")
-    text_dim = shape("condition_embedder.text_embedder.linear_1.weight")[1]
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise UserError(f"{where}: config.json's num_heads={SHORT.repr(heads)} does not divide the width {width}")
+    if width // heads % 2:
+        raise UserError(f"{where}: {heads} heads of {width // heads} of the width {width}; rotary positions turn pairs, so it must be even")
+    eps = config.get("eps", 1e-6)
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise UserError(f"{where}: config.json's eps={SHORT.repr(eps)} is no small number, such as 1e-6")
+    blocks = {name.split(".")[1] for name in shapes if re.match(r"blocks\.\d+\.", name)}
+    if blocks != {str(number) for number in range(len(blocks))}:
+        raise UserError(f"{where}: its tensors are of {len(blocks)} blocks, which are not numbered from 0 without gaps")
+    text_dim = shape("condition_embedder.text_embedder.linear_1.weight", 2)[1]
     image_norm, image_position = (f"condition_embedder.image_embedder.{part}" for part in ("norm1.weight", "pos_embed"))
     return {
         "_class_name": "WanTransformer3DModel",
@@ -100,18 +111,18 @@ def diffusers_config(shapes: Mapping[str, tuple[int, ...]], config: Mapping, whe
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
         "in_channels": in_channels,
-        "out_channels": shape("proj_out.weight")[0] // math.prod(patch),
+        "out_channels": shape("proj_out.weight", 2)[0] // math.prod(patch),
         "text_dim": text_dim,
-        "freq_dim": shape("condition_embedder.time_embedder.linear_1.weight")[1],
-        "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
-        "num_layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
+        "freq_dim": shape("condition_embedder.time_embedder.linear_1.weight", 2)[1],
+        "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight", 2)[0],
+        "num_layers": len(blocks),
         "cross_attn_norm": "blocks.0.norm2.weight" in shapes,
         "qk_norm": "rms_norm_across_heads",
-        "eps": config.get("eps", 1e-6),
-        "image_dim": shapes[image_norm][0] if image_norm in shapes else None,
+        "eps": eps,
+        "image_dim": shape(image_norm, 1)[0] if image_norm in shapes else None,
         "added_kv_proj_dim": width if "blocks.0.attn2.add_k_proj.weight" in shapes else None,
         "rope_max_seq_len": 1024,
-        "pos_embed_seq_len": shapes[image_position][1] if image_position in shapes else None,
+        "pos_embed_seq_len": shape(image_position, 3)[1] if image_position in shapes else None,
     }
 
 

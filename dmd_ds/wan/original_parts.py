@@ -5,8 +5,9 @@ google/umt5-xxl, and for image to video models_clip_*.pth. What the tensors do n
 """
 
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from dmd_ds.errors import UserError, read_json
+from dmd_ds.errors import UserError, read_json_mapping
 from dmd_ds.wan.original import diffusers_config, to_diffusers
 from dmd_ds.wan.tensors import WEIGHTS, Stored, check_tensors, read_pickle, stored_tensors
 
@@ -41,7 +42,8 @@ IMAGE_TOP = {"patch_embedding": "embeddings.patch_embedding", "pre_norm": "pre_l
 
 def is_original(folder: Path) -> bool:
     """Whether the folder is laid out as the original's; diffusers' has a model_index.json."""
-    return not (folder / "model_index.json").is_file() and any(folder.glob(f"{WEIGHTS}*.safetensors*"))
+    # os.path: unlike Path.is_dir it takes any text for a name, the longest too
+    return os.path.isdir(folder) and not (folder / "model_index.json").is_file() and any(folder.glob(f"{WEIGHTS}*.safetensors*"))
 
 
 def find_part(folder: Path, pattern: str) -> Path:
@@ -59,7 +61,7 @@ def read_transformer(folder: Path) -> tuple[dict, dict[str, Stored]]:
         if translated is None:
             raise UserError(f"{tensor.file}: {name} is no tensor of a Wan2.1 transformer")
         renamed[translated] = tensor
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json_mapping(folder / "config.json") if (folder / "config.json").is_file() else {}
     return diffusers_config({name: tensor.shape for name, tensor in renamed.items()}, config, str(folder)), renamed
 
 
@@ -71,20 +73,24 @@ def filled(module: nn.Module, tensors: Mapping[str, torch.Tensor], file: Path) -
     return module
 
 
-def shape_of(tensors: Mapping[str, torch.Tensor], name: str, file: Path) -> torch.Size:
+def shape_of(tensors: Mapping[str, torch.Tensor], name: str, dimensions: int, file: Path) -> torch.Size:
     if name not in tensors:
         raise UserError(f"{file}: {name} is not in it; this is no file of a Wan2.1 folder")
-    return tensors[name].shape
+    shape = tensors[name].shape
+    if len(shape) != dimensions or 0 in shape:
+        raise UserError(f"{file}: {name} is {list(shape)}, a tensor of {dimensions} dimensions is expected")
+    return shape
 
 
-def layers_of(tensors: Mapping[str, torch.Tensor], stem: str) -> int:
-    return 1 + max((int(name.removeprefix(stem).split(".")[0]) for name in tensors if name.startswith(stem)), default=-1)
+def layers_of(tensors: Iterable[str], stem: str) -> int:
+    """How many numbers follow the stem among the names; those of more layers than that are then unknown tensors."""
+    return len({name.removeprefix(stem).split(".")[0] for name in tensors if name.startswith(stem)})
 
 
 def autoencoder(folder: Path) -> AutoencoderKLWan:
     file = find_part(folder, PARTS[0])
     tensors = read_pickle(file)
-    width, latents = shape_of(tensors, "encoder.conv1.weight", file)[0], shape_of(tensors, "conv2.weight", file)[0]
+    width, latents = shape_of(tensors, "encoder.conv1.weight", 5, file)[0], shape_of(tensors, "conv2.weight", 5, file)[0]
     if latents != 16:
         raise UserError(f"{file}: {latents} latent channels, a Wan2.1 VAE has 16")
     with init_empty_weights():
@@ -95,8 +101,8 @@ def autoencoder(folder: Path) -> AutoencoderKLWan:
 def text_encoder(folder: Path) -> UMT5EncoderModel:
     file = find_part(folder, PARTS[1])
     tensors = read_pickle(file)
-    vocabulary, width = shape_of(tensors, "token_embedding.weight", file)
-    heads = shape_of(tensors, "blocks.0.pos_embedding.embedding.weight", file)[1]
+    vocabulary, width = shape_of(tensors, "token_embedding.weight", 2, file)
+    buckets, heads = shape_of(tensors, "blocks.0.pos_embedding.embedding.weight", 2, file)
     renamed = {"shared.weight": tensors["token_embedding.weight"], "encoder.embed_tokens.weight": tensors["token_embedding.weight"]}
     for name, tensor in tensors.items():
         inside = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
@@ -109,11 +115,11 @@ def text_encoder(folder: Path) -> UMT5EncoderModel:
     config = UMT5Config(
         vocab_size=vocabulary,
         d_model=width,
-        d_kv=shape_of(tensors, "blocks.0.attn.q.weight", file)[0] // heads,
-        d_ff=shape_of(tensors, "blocks.0.ffn.fc1.weight", file)[0],
+        d_kv=shape_of(tensors, "blocks.0.attn.q.weight", 2, file)[0] // heads,
+        d_ff=shape_of(tensors, "blocks.0.ffn.fc1.weight", 2, file)[0],
         num_layers=layers_of(tensors, "blocks."),
         num_heads=heads,
-        relative_attention_num_buckets=shape_of(tensors, "blocks.0.pos_embedding.embedding.weight", file)[0],
+        relative_attention_num_buckets=buckets,
     )
     with init_empty_weights():
         encoder = UMT5EncoderModel(config)
@@ -124,8 +130,11 @@ def image_encoder(folder: Path) -> tuple[CLIPImageProcessorPil, CLIPVisionModel]
     """CLIP's eye; its text half is left out. The original stretches a picture to CLIP's square and crops nothing."""
     file = find_part(folder, IMAGE_PART)
     tensors = {name.removeprefix("visual."): tensor for name, tensor in read_pickle(file).items() if name.startswith("visual.")}
-    width, _, patch, _ = shape_of(tensors, "patch_embedding.weight", file)
-    size = patch * math.isqrt(shape_of(tensors, "pos_embedding", file)[1] - 1)
+    width, _, patch, _ = shape_of(tensors, "patch_embedding.weight", 4, file)
+    size = patch * math.isqrt(shape_of(tensors, "pos_embedding", 3, file)[1] - 1)
+    shape_of(tensors, "cls_embedding", 3, file)
+    if width % CLIP_HEAD_WIDTH or not size:
+        raise UserError(f"{file}: width {width} and {size} pixels; CLIP's width is a multiple of {CLIP_HEAD_WIDTH}, and it sees a square")
     renamed = {
         "embeddings.class_embedding": tensors["cls_embedding"].flatten(),
         "embeddings.position_embedding.weight": tensors["pos_embedding"][0],
@@ -134,6 +143,8 @@ def image_encoder(folder: Path) -> tuple[CLIPImageProcessorPil, CLIPVisionModel]
         inside = re.fullmatch(r"transformer\.(\d+)\.(.+)\.(weight|bias)", name)
         module, _, kind = name.rpartition(".")
         if inside and inside[2] == "attn.to_qkv":
+            if not tensor.ndim or len(tensor) != 3 * width:
+                raise UserError(f"{file}: visual.{name} is {list(tensor.shape)}, not three of width {width}")
             for part, third in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[f"encoder.layers.{inside[1]}.self_attn.{part}_proj.{kind}"] = third
         elif inside and inside[2] in IMAGE_BLOCK:
@@ -144,7 +155,7 @@ def image_encoder(folder: Path) -> tuple[CLIPImageProcessorPil, CLIPVisionModel]
             raise UserError(f"{file}: visual.{name} is no tensor of Wan2.1's image encoder")
     config = CLIPVisionConfig(
         hidden_size=width,
-        intermediate_size=shape_of(tensors, "transformer.0.mlp.0.weight", file)[0],
+        intermediate_size=shape_of(tensors, "transformer.0.mlp.0.weight", 2, file)[0],
         num_hidden_layers=layers_of(tensors, "transformer."),
         num_attention_heads=width // CLIP_HEAD_WIDTH,
         image_size=size,

@@ -6,21 +6,31 @@ import pickle
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
 from dmd_ds.errors import UserError, read_json
+from dmd_ds.recipe import validated
 
 WEIGHTS = "diffusion_pytorch_model"
 STEMS = (WEIGHTS, "model")  # what diffusers and what transformers call their files
 INDEX = f"{WEIGHTS}.safetensors.index.json"
+BROKEN_PICKLE = (  # what torch.load raises of bytes that are not what it wrote
+    *(pickle.UnpicklingError, RuntimeError, OSError, EOFError, struct.error),
+    *(LookupError, ValueError, TypeError, AttributeError, OverflowError, AssertionError, MemoryError),
+)
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 # ---- in ---------------------------------------------------------------------------------------------------------------
+
+
+class WeightIndex(BaseModel):
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/\\\x00]+\.safetensors$")]]  # files of the same folder and of no other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +71,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         if single.is_file():
             return read_header(single)
         if index.is_file():
-            named = read_json(index).get("weight_map")
-            if not isinstance(named, dict):
-                raise UserError(f"{index}: the key weight_map is missing")
+            named = validated(WeightIndex, read_json(index), str(index)).weight_map
             missing = [file for file in sorted(set(named.values())) if not (folder / file).is_file()]
             if missing:
                 raise UserError(f"{folder / missing[0]} is missing, though {index.name} names it")
@@ -89,8 +97,9 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .pth file, by name, left on disk until they are used. Nothing in it is run."""
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        raise UserError(f"{file}: not readable as a file of tensors: {str(error).splitlines()[0]}") from error
+    except BROKEN_PICKLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file}: not readable as a file of tensors: {reason}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise UserError(f"{file}: holds other things than named tensors")
     return tensors

@@ -7,7 +7,8 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from dmd_ds.wan import original_parts
+from dmd_ds.errors import UserError, read_json_mapping
+from dmd_ds.wan import diffusers_parts, original_parts
 from dmd_ds.wan.denoiser import TEXT_TOKENS
 from dmd_ds.wan.original_parts import is_original
 
@@ -22,8 +23,17 @@ def load_text_encoder(folder: Path, device: torch.device) -> TextEncoder:
     if is_original(folder):
         tokenizer, encoder = folder / original_parts.TOKENIZER, original_parts.text_encoder(folder)
     else:
-        tokenizer, encoder = folder / "tokenizer", UMT5EncoderModel.from_pretrained(folder / "text_encoder")
-    return TextEncoder(AutoTokenizer.from_pretrained(tokenizer), encoder.to(device).eval().requires_grad_(False))
+        tokenizer, encoder = folder / "tokenizer", diffusers_parts.text_encoder(folder / "text_encoder")
+    return TextEncoder(load_tokenizer(tokenizer), encoder.to(device).eval().requires_grad_(False))
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Of a folder that may come from elsewhere: code that it brings along is not run."""
+    read_json_mapping(folder / "tokenizer_config.json")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise UserError(f"{folder}: not readable as a tokenizer: {error}") from error
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 A model is a diffusers folder or an original Wan2.1 folder; its content tells which. Tensors go by diffusers' names.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,18 +13,20 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 
-from dmd_ds.errors import UserError, read_json
-from dmd_ds.recipe import find_folder
-from dmd_ds.wan import original_parts
+from dmd_ds.errors import UserError, read_json_mapping
+from dmd_ds.recipe import find_folder, validated
+from dmd_ds.wan import diffusers_parts, original_parts
 from dmd_ds.wan.autoencoder import TIME_STRIDE
 from dmd_ds.wan.guidance import add_guidance_embedding, has_guidance_embedding
+from dmd_ds.wan.original import diffusers_config
 from dmd_ds.wan.original_parts import is_original
 from dmd_ds.wan.tensors import Stored, check_tensors, stored_tensors
 
 CONFIG_KEYS = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "patch_size")
+SIZES = (*CONFIG_KEYS, "freq_dim", "ffn_dim", "image_dim")  # what tensors tell too
 UNUSED = "norm_added_q"  # in the published image-to-video folders, and in no model: diffusers passes it over too
 
 
@@ -41,19 +44,20 @@ def find_model(path: str) -> Path:
 
 def is_hub_name(path: str) -> bool:
     """`organisation/name`, and nothing here has that name."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not Path(path).exists()
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not os.path.exists(path)
 
 
 def find_hub_copy(name: str) -> Path:
     """The local copy of a hub's repository, downloaded when it is not there yet."""
     try:
         return Path(snapshot_download(name))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.path={name}: no such folder here, and the hub's {name} cannot be had: {reason}") from error
 
 
 def check_diffusers_parts(path: str, folder: Path) -> None:
+    read_json_mapping(folder / "model_index.json")
     configs = ["transformer/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json"]
     weights = ["transformer", "vae", "text_encoder"]
     if (folder / configs[0]).is_file() and takes_image(transformer_config(folder)):
@@ -72,12 +76,13 @@ def transformer_config(model: Path) -> dict:
         path, config = model, original_parts.read_transformer(model)[0]
     else:
         path = model / "transformer" / "config.json"
-        config = read_json(path)
+        config = read_json_mapping(path)
     if config.get("_class_name") != "WanTransformer3DModel":
         raise UserError(f"{path}: {config.get('_class_name')!r} is no WanTransformer3DModel")
     missing = [key for key in CONFIG_KEYS if key not in config]
     if missing:
         raise UserError(f"{path}: the key {missing[0]} is missing")
+    config = {**config, **validated(diffusers_parts.Transformer, config, str(path)).model_dump(exclude_unset=True)}
     channels, latents = config["in_channels"], config["out_channels"]
     # noised latents; then a mask of the frames that are given, and their latents
     expected = latents + TIME_STRIDE + latents if takes_image(config) else latents
@@ -86,7 +91,17 @@ def transformer_config(model: Path) -> dict:
         raise UserError(f"{path}: in_channels={channels}, a Wan2.1 {kind} model of {latents} latent channels has {expected}")
     if config.get("pos_embed_seq_len") is not None:
         raise UserError(f"{path}: pos_embed_seq_len={config['pos_embed_seq_len']}, a first-and-last-frame model, which is not supported")
+    if not is_original(model):
+        check_sizes(path, config, {name: tensor.shape for name, tensor in transformer_tensors(model).items()})
     return config
+
+
+def check_sizes(path: Path, config: dict, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """`UserError` unless a configuration is that of tensors of these shapes: before anything so large is built as it may say."""
+    of_tensors = diffusers_config(shapes, {"num_heads": config["num_attention_heads"]}, str(path.parent))
+    for key in SIZES:
+        if key in config and config[key] != of_tensors[key]:
+            raise UserError(f"{path}: {key}={config[key]}, the tensors beside it are of {of_tensors[key]}")
 
 
 def takes_image(config: dict) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dmd_ds.data.latents import BatchOrder, FirstFrame, LatentsDataset, LatentsWriter, SizedOrder, pad_embeds
+from dmd_ds.data.shards import read_places
 from dmd_ds.errors import UserError
 from dmd_ds.randomness import Randomness
 from tests.mini import IMAGE_EMBEDS_SHAPE, TEXT_WIDTH, make_dataset
@@ -68,12 +69,78 @@ def test_a_dataset_without_its_index_is_unfinished(folder):
         LatentsDataset(str(folder))
 
 
-def test_a_shard_that_is_cut_short_is_named(folder):
+@pytest.mark.parametrize(
+    "kept, message",
+    [
+        (-1, r"sample 2: prompt_embeds is not whole: the file has 2823 bytes, its header says 2824"),
+        (1000, r"sample 0: prompt_embeds is not whole: the file has 1000 bytes, its header says 2824"),
+        (200, r"200 bytes, which end within its header of 448"),
+        (3, r"3 bytes, which end within its header"),
+    ],
+)
+def test_a_shard_that_is_cut_short_is_named_when_the_dataset_is_opened(folder, kept, message):
     shard = folder / "shard-00001.safetensors"
-    shard.write_bytes(shard.read_bytes()[:200])
+    shard.write_bytes(shard.read_bytes()[:kept])
+    with pytest.raises(UserError, match=f"shard-00001.safetensors: {message}"):
+        LatentsDataset(str(folder))
+
+
+@pytest.mark.parametrize("name", ["latents", "prompt_embeds"])
+def test_a_flipped_byte_is_named_with_file_and_sample_when_the_sample_is_read(folder, name):
+    shard = folder / "shard-00001.safetensors"
+    _, begin = read_places(shard)
+    first, _ = read_places(shard)[0][f"1.{name}"].data_offsets
+    data = bytearray(shard.read_bytes())
+    data[begin + first + 5] ^= 1
+    shard.write_bytes(data)
     dataset = LatentsDataset(str(folder))
-    with pytest.raises(UserError, match="shard-00001.safetensors"):
-        dataset[3]
+    assert dataset[3].caption == "sample 3" and dataset[5].caption == "sample 5"
+    expected = dataset.about[4]["crc32"][name]
+    with pytest.raises(UserError, match=f"shard-00001.safetensors: sample 1: {name} is damaged: .* CRC-32 .*, {expected:08x} were written"):
+        dataset[4]
+
+
+def test_a_flipped_byte_of_the_negative_prompt_is_named(folder):
+    file = folder / "negative.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+    with pytest.raises(UserError, match="negative.safetensors: negative_embeds is damaged"):
+        LatentsDataset(str(folder))
+
+
+def test_a_flipped_byte_of_a_first_frame_is_named(tmp_path):
+    folder = make_dataset(tmp_path, image_embeds_shape=IMAGE_EMBEDS_SHAPE)
+    shard = folder / "shard-00000.safetensors"
+    places, begin = read_places(shard)
+    data = bytearray(shard.read_bytes())
+    data[begin + places["2.image_embeds"].data_offsets[0]] ^= 128
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="shard-00000.safetensors: sample 2: image_embeds is damaged"):
+        LatentsDataset(str(folder)).first_frame(2)
+
+
+def test_a_dataset_without_checksums_is_to_be_encoded_again(folder):
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "format": "dmd_ds latents 1"}))
+    with pytest.raises(UserError, match="index.json: format 'dmd_ds latents 1' has no checksums, .*: encode the clips again"):
+        LatentsDataset(str(folder))
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "..", "a/b", "a\\b", ""])
+def test_no_shard_lies_outside_the_folder(folder, name):
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0]["name"] = name
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="index.json: shards.0.name="):
+        LatentsDataset(str(folder))
+
+
+def test_a_sample_that_is_not_as_its_line_says_is_named(folder):
+    file = folder / "shard-00000.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[1]["latents_shape"] = [4, 2, 4, 4]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"shard-00000.safetensors: sample 1: latents is F32 \[4, 1, 4, 8\], the .jsonl .* \[4, 2, 4, 4\]"):
+        LatentsDataset(str(folder))
 
 
 def test_metadata_that_lacks_a_sample_is_named(folder):
@@ -97,7 +164,7 @@ def test_first_frames_come_back_and_the_dataset_says_that_it_has_them(tmp_path, 
         writer.add(torch.zeros(*SHAPES[0]), torch.zeros(2, TEXT_WIDTH), frame, caption="", source="", **size)
     writer.close()
     dataset = LatentsDataset(str(tmp_path / "images"))
-    assert dataset.image_embeds_shape == list(IMAGE_EMBEDS_SHAPE) and LatentsDataset(str(folder)).image_embeds_shape is None
+    assert dataset.image_embeds_shape == IMAGE_EMBEDS_SHAPE and LatentsDataset(str(folder)).image_embeds_shape is None
     for index, frame in enumerate(written):
         assert torch.equal(dataset.first_frame(index).latents, frame.latents)
         assert torch.equal(dataset.first_frame(index).embeds, frame.embeds)

@@ -1,6 +1,7 @@
 """Every choice of a recipe that saves memory trains: the same numbers as plain PyTorch where nothing but the place changes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,24 @@ def test_an_offload_that_cannot_be_is_one_line_that_names_the_file(tmp_path, mon
     monkeypatch.setattr(builder, "is_compatible", lambda self: True)
     if keys and section == "offload_optimizer":
         assert read_ds_config("generator.ds_config", str(file))["zero_optimization"]["offload_optimizer"]["device"] == "nvme"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"zero_optimisation": {"stage": 3}}, "unknown key zero_optimisation; did you mean 'zero_optimization"),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage=2; this project shards weights, which is stage 3"),
+        ({"zero_optimization": [3]}, "zero_optimization.stage=None"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "big"}}, "zero_optimization.reduce_bucket_size='big': input should be"),
+        ({"zero_optimization": {"stage": 3, "overlap": True}}, "unknown key zero_optimization.overlap"),
+        ({"optimizer": {"type": "SGD"}}, "optimizer.type='SGD': input should be 'Adam' or 'AdamW'"),
+        ({"optimizer": {"params": {"epsilon": 1}}}, "unknown key optimizer.params.epsilon"),
+        ({"train_batch_size": 64}, "unknown key train_batch_size"),
+        ({"fp16": {"enabled": True}}, "fp16 is enabled; this project trains in bf16"),
+    ],
+)
+def test_a_deepspeed_json_that_says_what_it_cannot_names_file_and_key(tmp_path, change, message):
+    config = json.loads((REPOSITORY / "ds_configs" / "tiny_zero3.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=f"mine.json: {re.escape(message)}"):
+        read_ds_config("generator.ds_config", str(tmp_path / "mine.json"))

@@ -56,6 +56,7 @@ def test_the_model_on_disk_is_read_and_the_name_says_the_size_of_the_video(comma
         (["t2v_14b_480p", "--mfu", "0"], "--mfu"),
         (["t2v_14b_480p", "parallel.ulysses=8", "--gpus-per-node", "4"], "--gpus-per-node"),
         (["t2v_14b_480p", "generator.ds_config=nowhere.json"], "no such file"),
+        (["tiny", "fake_score.ds_config=requirements.txt"], "requirements.txt:1: not readable as JSON"),
     ],
 )
 def test_a_mistake_is_one_line(command, arguments, says):

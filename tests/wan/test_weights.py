@@ -8,7 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmd_ds.errors import UserError
+from dmd_ds.wan.autoencoder import load_autoencoder
+from dmd_ds.wan.image import load_image_encoder
 from dmd_ds.wan.tensors import Spec, save_weights, stored_tensors
+from dmd_ds.wan.text import load_text_encoder
 from dmd_ds.wan.weights import find_model, load_weights, renew_buffers, transformer_config
 from tests.mini import IMAGE_TRANSFORMER, TRANSFORMER, make_transformer
 
@@ -146,3 +149,29 @@ def test_written_weights_are_read_back_by_safetensors(tmp_path, most, files, dty
     for name, tensor in found.items():
         assert torch.equal(load_file(tensor.file)[name], tensors[name].to(dtype)) and torch.equal(tensor.read(), tensors[name].to(dtype))
         assert (tensor.shape, tensor.dtype) == (tuple(tensors[name].shape), dtype)
+
+
+@pytest.mark.parametrize(
+    "file, key, said, message",
+    [
+        ("transformer/config.json", "num_layers", 200, "num_layers=200, the tensors beside it are of 2"),
+        ("transformer/config.json", "ffn_dim", 10**6, "ffn_dim=1000000, the tensors beside it are of 48"),
+        ("transformer/config.json", "num_layers", 10**9, "num_layers=1000000000: input should be less than or equal to 256"),
+        ("text_encoder/config.json", "num_layers", 200, "num_layers=200, the tensors beside it are of 1 layers"),
+        ("text_encoder/config.json", "d_model", "wide", "d_model='wide': input should be a valid integer"),
+        ("vae/config.json", "z_dim", 5, "latents_mean and latents_std are 4 and 4 numbers, z_dim=5 has as many channels"),
+        ("vae/config.json", "is_residual", True, "is_residual=True: input should be False"),
+        ("image_encoder/config.json", "num_hidden_layers", 200, "num_hidden_layers=200, the tensors beside it are of 3 layers"),
+        ("image_encoder/config.json", "num_attention_heads", 3, "num_attention_heads=3 does not divide hidden_size=20"),
+        ("image_processor/preprocessor_config.json", "resample", 99, "resample=99: input should be"),
+    ],
+)
+def test_a_configuration_that_is_not_that_of_its_tensors_is_refused_before_anything_is_built(image_model, file, key, said, message):
+    path = image_model / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: said}))
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match=f"{file}: {message}"):
+        transformer_config(image_model)
+        load_text_encoder(image_model, cpu)
+        load_autoencoder(image_model, cpu)
+        load_image_encoder(image_model, cpu)
