@@ -12,8 +12,8 @@ Frozen weights are not in them. A checkpoint is written as `step_000500.unfinish
 """
 
 import hashlib
-import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterable
@@ -22,13 +22,13 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from pydantic import ValidationError
+from pydantic import Field
 
 from dmd_ds import __version__
-from dmd_ds.errors import UserError, read_json
+from dmd_ds.errors import UserError, read_json, read_text
 from dmd_ds.parallel.mesh import Mesh
 from dmd_ds.parallel.state import ShardedState
-from dmd_ds.recipe import NotNegative, Positive, Recipe, Section, dump_recipe, explain, known_keys, load_recipe
+from dmd_ds.recipe import NotNegative, Positive, Recipe, Section, dump_recipe, known_keys, load_recipe, validated
 from dmd_ds.shards import PartFile, Shards
 
 LATEST, BEST = "latest", "best"
@@ -43,6 +43,17 @@ MAY_CHANGE = {
     "activation_checkpointing", "activation_offload", "data.batch_size", "data.accumulation", "generator.ds_config", "fake_score.ds_config",
 }  # fmt: skip
 MAY_CHANGE_IN = ("validation.", "parallel.")
+
+
+class Fingerprint(Section):
+    """Of a file's content."""
+
+    bytes: NotNegative
+    sha256: str
+
+
+class Manifest(Section):
+    files: dict[str, Fingerprint] = Field(min_length=1)
 
 
 class State(Section):
@@ -69,10 +80,9 @@ def write_whole(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def fingerprint(file: Path) -> dict[str, int | str]:
-    """Size and hash of a file's content."""
+def fingerprint(file: Path) -> Fingerprint:
     with file.open("rb") as content:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+        return Fingerprint(bytes=file.stat().st_size, sha256=hashlib.file_digest(content, "sha256").hexdigest())
 
 
 def flush(file: Path) -> None:
@@ -96,7 +106,7 @@ class Writing:
             for path in written:
                 flush(path)
             prints = {str(path.relative_to(self.folder)): fingerprint(path) for path in written}
-            (self.folder / rank_manifest(self.rank)).write_text(json.dumps(prints))
+            (self.folder / rank_manifest(self.rank)).write_text(Manifest(files=prints).model_dump_json())
         except OSError as error:
             self.error = error
         self.files = []
@@ -207,12 +217,12 @@ class Checkpoints:
         """Puts what describes it beside the ranks' files, checks that all is there, and gives it its name and `latest`."""
         world_size = self.mesh.world_size
         (unfinished / RECIPE).write_text(dump_recipe(self.recipe))
-        (unfinished / STATE).write_text(json.dumps(self.state.model_dump(mode="json"), indent=1) + "\n")
+        (unfinished / STATE).write_text(self.state.model_dump_json(indent=1) + "\n")
         prints = {name: fingerprint(unfinished / name) for name in (RECIPE, STATE)}
         for rank in range(world_size):
-            prints |= read_json(unfinished / rank_manifest(rank))
+            prints |= Manifest.model_validate_json((unfinished / rank_manifest(rank)).read_text()).files
             (unfinished / rank_manifest(rank)).unlink()
-        write_whole(unfinished / MANIFEST, json.dumps({"files": prints}, indent=1) + "\n")
+        write_whole(unfinished / MANIFEST, Manifest(files=prints).model_dump_json(indent=1) + "\n")
         check_sizes(unfinished)
         folder = unfinished.with_name(unfinished.name.removesuffix(UNFINISHED))
         if folder.exists():  # a run that was sent back to an older one comes by again
@@ -251,15 +261,12 @@ def load_state(state: ShardedState, folder: Path, mesh: Mesh) -> None:
     state.load(lambda kind, part: shards.part(kind, part.name, mesh.rank, mesh.world_size), shards.kinds, shards.numbers)
 
 
-def read_manifest(folder: Path) -> dict[str, dict]:
+def read_manifest(folder: Path) -> dict[str, Fingerprint]:
     """By file, relative to the checkpoint."""
-    found = read_json(folder / MANIFEST)
-    files = found.get("files") if isinstance(found, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()):
-        raise UserError(f"{folder / MANIFEST}: lists no files with bytes and sha256")
-    strange = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
+    files = validated(Manifest, read_json(folder / MANIFEST), str(folder / MANIFEST)).files
+    strange = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name]
     if strange:
-        raise UserError(f"{folder / MANIFEST}: {strange[0]} is outside of the checkpoint")
+        raise UserError(f"{folder / MANIFEST}: {strange[0]!r} is outside of the checkpoint")
     return files
 
 
@@ -269,9 +276,9 @@ def check_sizes(folder: Path, names: Iterable[str] | None = None) -> None:
     for name in manifest if names is None else names:
         entry = manifest[name]
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != entry["bytes"]:
+        if found != entry.bytes:
             size = "missing" if found is None else f"{found} bytes"
-            raise UserError(f"{folder / name}: {size}, written were {entry['bytes']} bytes; {another()}")
+            raise UserError(f"{folder / name}: {size}, written were {entry.bytes} bytes; {another()}")
 
 
 def check_files(folder: Path, names: Iterable[str]) -> None:
@@ -280,7 +287,7 @@ def check_files(folder: Path, names: Iterable[str]) -> None:
     check_sizes(folder, names)
     with ThreadPoolExecutor() as pool:
         for name, found in zip(names, pool.map(lambda name: fingerprint(folder / name), names), strict=True):
-            if found["sha256"] != manifest[name]["sha256"]:
+            if found != manifest[name]:
                 raise UserError(f"{folder / name}: is not what was written (sha256 differs from {MANIFEST}); {another()}")
 
 
@@ -298,10 +305,14 @@ def pointed(run: Path, name: str) -> Path | None:
     pointer = run / "checkpoints" / name
     if not pointer.is_file():
         return None
-    folder = pointer.with_name(pointer.read_text().strip())
-    if not (folder / STATE).is_file():
-        raise UserError(f"{pointer} names {folder.name}, which is not a whole checkpoint; name another one in it or remove it")
-    return folder
+    return named_by(pointer)
+
+
+def named_by(pointer: Path) -> Path:
+    name = read_text(pointer).strip()
+    if not re.fullmatch(r"step_[0-9]{1,20}", name) or not (pointer.with_name(name) / STATE).is_file():
+        raise UserError(f"{pointer} names {name}, which is not a whole checkpoint; name another one in it or remove it")
+    return pointer.with_name(name)
 
 
 def best_score(run: Path, recipe: Recipe) -> float | None:
@@ -315,7 +326,7 @@ def best_score(run: Path, recipe: Recipe) -> float | None:
 def find(source: Path) -> Path:
     """The checkpoint that is meant: one itself, the newest of a run, or what a pointer such as `latest` names."""
     if source.is_file():
-        source = source.with_name(source.read_text().strip())
+        source = named_by(source)
     folder = source if (source / STATE).is_file() else latest(source)
     if folder is None:
         raise UserError(f"{source}: neither a checkpoint ({STATE} is missing) nor a run with one")
@@ -323,10 +334,7 @@ def find(source: Path) -> Path:
 
 
 def read_state(folder: Path) -> State:
-    try:
-        return State.model_validate(read_json(folder / STATE))
-    except ValidationError as error:
-        raise UserError(f"{folder / STATE}: {explain(error.errors()[0])}") from error
+    return validated(State, read_json(folder / STATE), str(folder / STATE))
 
 
 def check_same_recipe(folder: Path, recipe: Recipe, world_size: int) -> None:

@@ -8,17 +8,17 @@ of an average of weights is `average`. Nothing in it can run code.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import safe_open
 
 from dmd_ds.errors import UserError, read_json
 from dmd_ds.parallel.state import ShardedState
-from dmd_ds.recipe import NotNegative, Positive, Section, explain
+from dmd_ds.recipe import NotNegative, Positive, Section, validated
 from dmd_ds.wan.tensors import Spec, read_header, write_safetensors
 
 PARAMETERS = "parameters.json"
@@ -28,7 +28,7 @@ class Parameters(Section):
     ranks: Positive
     kinds: list[str] = Field(min_length=1)
     numbers: dict[str, int | float]
-    shapes: dict[str, Annotated[tuple[NotNegative, ...], Field()]]
+    shapes: dict[str, tuple[NotNegative, ...]]
 
 
 def rank_file(rank: int) -> str:
@@ -65,16 +65,12 @@ class Shards:
         self.folder = folder
         if not (folder / PARAMETERS).is_file():
             raise UserError(f"{folder}: holds no weights of a checkpoint ({PARAMETERS} is missing)")
-        try:
-            about = Parameters.model_validate(read_json(folder / PARAMETERS))
-        except ValidationError as error:
-            raise UserError(f"{folder / PARAMETERS}: {explain(error.errors()[0])}") from error
+        about = validated(Parameters, read_json(folder / PARAMETERS), str(folder / PARAMETERS))
         self.shapes, self.kinds, self.numbers, self.ranks = about.shapes, about.kinds, about.numbers, about.ranks
+        here = len(list(folder.glob("rank_*.safetensors")))
+        if here != about.ranks:
+            raise UserError(f"{folder}: {here} rank files of {about.ranks}")
         files = [folder / rank_file(rank) for rank in range(about.ranks)]
-        here = [file for file in files if file.is_file()]
-        if len(here) < len(files):
-            missing = next(file for file in files if file not in here)
-            raise UserError(f"{folder}: {len(here)} rank files of {len(files)}, {missing.name} is missing")
         for file in files:
             self._check(file)
         self.opened = [safe_open(file, framework="pt") for file in files]
@@ -89,12 +85,12 @@ class Shards:
 
     def _length(self, name: str, ranks: int) -> int:
         """Elements of a parameter's part on so many ranks."""
-        return -(-torch.Size(self.shapes[name]).numel() // ranks)
+        return -(-math.prod(self.shapes[name]) // ranks)
 
     def part(self, kind: str, name: str, rank: int, ranks: int) -> torch.Tensor:
         """The part of a parameter that belongs to one of so many ranks, flat, padded with zeros."""
         length, stored = self._length(name, ranks), self._length(name, self.ranks)
-        first, end = rank * length, min((rank + 1) * length, torch.Size(self.shapes[name]).numel())
+        first, end = rank * length, min((rank + 1) * length, math.prod(self.shapes[name]))
         pieces = []
         for writer in range(first // stored, -(-end // stored)) if first < end else ():
             offset = writer * stored
