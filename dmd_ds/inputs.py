@@ -84,6 +84,8 @@ def check_inputs(recipe: Recipe) -> Inputs:
     config = transformer_config(model)
     stored = has_guidance_embedding(transformer_tensors(model))
     guidance_embedding = "stored" if stored else "fresh" if recipe.model.guidance_embedding else "none"
+    if stored and recipe.score.guidance_below < 1:
+        raise UserError(f"score.guidance_below={recipe.score.guidance_below}: model.path={recipe.model.path} has its guidance embedded")
     check_degrees(recipe.parallel, config["num_attention_heads"])
     check_gan(recipe, config["num_layers"])
     dataset = LatentsDataset(recipe.data.path)

@@ -104,6 +104,7 @@ class Score(Section):
     guidance: Annotated[float, Field(ge=0)] = Field(
         5.0, description="classifier-free guidance of the real score, Ho and Salimans' scale: 1 is the conditional model alone"
     )
+    guidance_below: Sigma = Field(1.0, description="noise level up to which it is guided; above, where videos take their layout, it is not")
     shift: Annotated[float, Field(gt=0)] = Field(5.0, description="moves the levels, drawn evenly, towards 1; at 1 they stay even")
     above_exit: bool = Field(
         False, description="draws no level below the one to which sampling goes on from the exit step; from the last step that is 0"

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 
-def guided_x0(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
+def guided_x0(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_B: torch.Tensor) -> torch.Tensor:
     """Classifier-free guidance on x0 (Ho and Salimans 2022; guidance 1 is the conditional prediction alone)."""
     # x0 = u + w (c - u)
-    return unconditional + guidance * (conditional - unconditional)
+    return unconditional + guidance_B.view(-1, 1, 1, 1, 1) * (conditional - unconditional)
 
 
 def score_difference(real_BCTHW: torch.Tensor, fake_BCTHW: torch.Tensor) -> torch.Tensor:

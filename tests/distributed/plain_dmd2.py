@@ -223,7 +223,8 @@ def plain_dmd2(
                 fake = x - s5 * velocity(score, x, sigma, text, image)
                 with score.disable_adapter():
                     conditional, unconditional = (velocity(score, x, sigma, words, image) for words in (text, empty))
-                guidance = 1.0 if one_pass else recipe.score.guidance
+                guided = (s5 <= recipe.score.guidance_below).float()
+                guidance = 1.0 if one_pass else 1.0 + guided * (recipe.score.guidance - 1.0)
                 real = x - s5 * (unconditional + guidance * (conditional - unconditional))
                 normaliser = (x0 - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True) if recipe.score.normaliser else 1
                 target = x0 - (fake - real) / normaliser

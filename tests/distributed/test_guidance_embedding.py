@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dmd_ds.errors import UserError
 from dmd_ds.export import find_student, to_comfyui, to_diffusers, to_wan
 from dmd_ds.generation import VideoModel
+from dmd_ds.inputs import check_inputs
 from dmd_ds.lora import to_lora
 from dmd_ds.recipe import REPOSITORY, dump_recipe
 from dmd_ds.wan.denoiser import WanDenoiser
@@ -70,6 +72,13 @@ def test_losses_norms_and_weights_are_those_of_plain_pytorch(world, kind):
     last = f"{GUIDANCE}.linear_2.weight"
     assert (trained[f"transformer.{last}"] - embeddings[kind][last]).abs().max() > 1e-4
     assert (Path(recipe.output_dir) / "samples" / f"step_{STEPS:06d}" / "contact_sheet.png").is_file()
+
+
+def test_an_embedded_guidance_cannot_be_limited_to_some_levels(world):
+    recipe = world[0]["stored"]
+    limited = recipe.model_copy(update={"score": recipe.score.model_copy(update={"guidance_below": 0.9})})
+    with pytest.raises(UserError, match="score.guidance_below=0.9: model.path=.* has its guidance embedded"):
+        check_inputs(limited)
 
 
 @pytest.mark.parametrize("kind", ["stored", "fresh"])

@@ -24,7 +24,7 @@ LOOKED_AT = {"every": 2, "prompts": 3, "batch_size": 1}
 WAYS = {
     "ode on wan's grid": {"sampling": {"grid": "wan", "steps": 5, "shift": 7.0, "solver": "ode"}},
     "listed timesteps, scores above the exit": {"sampling": {"timesteps": [1000, 850, 500]}, "score": {"above_exit": True}},
-    "ode, exit last": {"sampling": {"solver": "ode"}, "rollout": {"exit": "last"}},
+    "ode, exit last, guided below": {"sampling": {"solver": "ode"}, "rollout": {"exit": "last"}, "score": {"guidance_below": 0.8}},
     "regression first": {"regression": {"steps": 2, "teacher_steps": 5, "lr": 3e-3}},
 }
 
