@@ -109,7 +109,8 @@ def check_one_machine_a_sample(machines: list[str], size: int) -> None:
 
 @contextlib.contextmanager
 def importable_xfuser():
-    """On a CPU build of torch xfuser 0.7 imports only while torch names a CUDA version; what it cannot use it need not tell."""
+    """xfuser 0.7 imports only while torch names a CUDA version, and wants a driver while it does so afterwards: without a GPU torch
+    names none then, not even a build for CUDA. What it cannot use it need not tell."""
     os.environ.setdefault("LOG_LEVEL", "warning")  # xfuser's, read at its import
     named, verbosity = torch.version.cuda, transformers.logging.get_verbosity()
     torch.version.cuda = named or "12.8"
@@ -117,7 +118,7 @@ def importable_xfuser():
     try:
         yield
     finally:
-        torch.version.cuda = named
+        torch.version.cuda = named if torch.cuda.is_available() else None
         transformers.logging.set_verbosity(verbosity)
 
 
