@@ -132,7 +132,7 @@ class RollCall:
 
     def __init__(self, rank: int, world_size: int, timeout_s: float, hang_timeout_s: float):
         self.rank, self.world_size, self.timeout_s, self.hang_timeout_s = rank, world_size, timeout_s, hang_timeout_s
-        self._marks, self._doing, self._marked_at = 0, "", math.inf
+        self._marks, self._doing, self._marked_at = 0, "start", math.inf
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
             self.store = dist.TCPStore(address, port, world_size, rank == 0, timedelta(seconds=timeout_s), wait_for_workers=False)
@@ -168,7 +168,7 @@ class RollCall:
 
     def _beat(self) -> None:
         store = self.store.clone()  # a connection of its own: the main thread may wait in the other
-        told = 0
+        told = None
         with contextlib.suppress(dist.DistError):  # rank 0 is gone, and the store with it
             store.add(self._key(self.rank), 1)
             while not self._closed.wait(self.BEAT_S):

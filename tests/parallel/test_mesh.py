@@ -102,3 +102,13 @@ with one_line_errors(), joined(Parallel()):
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert ended.returncode == code, ended.stderr
+
+
+def test_a_cuda_build_of_torch_joins_on_a_machine_without_a_gpu():
+    code = "import torch; torch.version.cuda = '13.0'\n" + (
+        "from dmd_ds.parallel.mesh import joined\nfrom dmd_ds.recipe import Parallel\n"
+        "with joined(Parallel()) as mesh: print('joined on', mesh.device)"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "joined on cpu" in done.stdout, done.stderr
