@@ -89,6 +89,8 @@ def test_inputs_that_do_not_fit_together_are_refused_with_both_numbers(world, tm
     assert check_inputs(make_recipe(world, **high, rollout={"exit": "last"})).summary().endswith("sigmas 1.000 0.990 0.000, sde")
     channels = make_dataset(tmp_path / "channels", shapes=((3, 2, 4, 4),))
     refused(world, "latents of 3 channels, model.path takes 4", data={"path": str(channels)})
+    wordy = make_dataset(tmp_path / "wordy", samples=1, words=600)
+    refused(world, "data.path=.*wordy: a prompt of 600 tokens, Wan2.1 takes 512", data={"path": str(wordy)})
     odd = make_dataset(tmp_path / "odd", shapes=((4, 2, 5, 4),))
     refused(world, r"latents \[2, 5, 4\] do not divide into patches \[1, 2, 2\]", data={"path": str(odd)})
 
