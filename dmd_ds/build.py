@@ -26,6 +26,8 @@ def sharded_transformer(model: Path, config: dict, embedding: GuidanceEmbedding,
     renew_buffers(transformer)
     shapes = {name: parameter.ds_shape for name, parameter in transformer.named_parameters()}
     load_weights(transformer, model, shard, fresh_weights(shapes, seed) if embedding == "fresh" else {})
+    for parameter in transformer.parameters():
+        parameter.ds_secondary_tensor = None  # the copies inside nodes, of hierarchical partitioning, are of what was there before
     return transformer
 
 

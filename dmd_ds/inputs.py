@@ -11,6 +11,7 @@ from dmd_ds.errors import UserError
 from dmd_ds.parallel.ema import check_can_average
 from dmd_ds.parallel.engine import complete_ds_config, read_ds_config
 from dmd_ds.parallel.mesh import check_degrees, world_size
+from dmd_ds.planner.sizes import ModelSize
 from dmd_ds.recipe import Optimizer, Recipe
 from dmd_ds.sampler import few_step_schedule
 from dmd_ds.validation import check_validation
@@ -108,9 +109,10 @@ def check_inputs(recipe: Recipe) -> Inputs:
     if text_width != config["text_dim"]:
         raise UserError(f"data.path={recipe.data.path}: text of width {text_width}, model.path takes {config['text_dim']}")
     check_images(recipe, dataset, config)
+    size = ModelSize.from_config(config)
     sections: dict[str, Optimizer] = {"generator": recipe.generator, "fake_score": recipe.fake_score}
     ds_configs = {
-        name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data)
+        name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data, size)
         for name, section in sections.items()
     }
     if recipe.validation.every:

@@ -65,10 +65,15 @@ class Data(Section):
 
 
 class Parallel(Section):
-    """How a sample's tokens are spread; the ranks of one sample sit on one machine. What is left over goes to data."""
+    """How a sample's tokens are spread; the ranks of one sample sit on one machine. What is left over goes to data, weights to all."""
 
     ulysses: Positive = Field(1, description="ranks that share a sample by attention heads; divides their number")
     ring: Positive = Field(1, description="times so many ranks that pass keys and values around")
+    gather: Literal["each", "rollout", "update"] = Field(
+        "rollout",
+        description="each: every forward and backward brings a block's weights together as it comes to it, least memory; rollout: the "
+        "generator's stay whole for all forwards of a rollout; update: and each model's from the forward to its backward",
+    )
     join_timeout: Annotated[float, Field(gt=0)] = Field(300.0, description="seconds to wait for all ranks at the start")
     hang_timeout: Annotated[float, Field(gt=0)] = Field(
         1800.0, description="seconds without progress after which the run ends and names the rank that stands; more than validation takes"

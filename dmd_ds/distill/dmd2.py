@@ -18,6 +18,7 @@ from dmd_ds.distill import losses
 from dmd_ds.distill.batch import Batch, Metrics, step_engine
 from dmd_ds.distill.losses import flow_matching_loss, guided_x0
 from dmd_ds.distill.rollout import noised_data, rollout
+from dmd_ds.parallel.engine import hold_weights, let_weights_go
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Recipe, Score
 from dmd_ds.sampler import Velocity, few_step_schedule
@@ -99,9 +100,26 @@ class DMD2Engine:
         def noise(k: int) -> torch.Tensor:
             return self.randomness.normal(f"{purpose}/rollout{k}", step, batch.samples, batch.latents_shape, self.device)
 
+        def last_velocity(x_BCTHW, sigma_B):
+            let_weights_go(self.generator.module)
+            self.hold_for_backward(self.generator)
+            return velocity_at_exit(x_BCTHW, sigma_B)
+
         if self.recipe.rollout.input == "data":
-            return noised_data(batch.latents_BCTHW, velocity_at_exit, noise, self.schedule, exit_step)
-        return rollout(batch.velocity_of(self.generator.module), velocity_at_exit, noise, self.schedule, exit_step)
+            return noised_data(batch.latents_BCTHW, last_velocity, noise, self.schedule, exit_step)
+        if self.recipe.parallel.gather != "each":
+            hold_weights(self.generator.module)
+        return rollout(batch.velocity_of(self.generator.module), last_velocity, noise, self.schedule, exit_step)
+
+    def hold_for_backward(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        """Before a forward: where the recipe says so, its weights stay whole until `backward`."""
+        if self.recipe.parallel.gather == "update" and torch.is_grad_enabled():
+            hold_weights(engine.module)
+
+    def backward(self, engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> None:
+        let_weights_go(engine.module)
+        engine.backward(loss)
+        engine.step()
 
     def noised(self, x0_BCTHW: torch.Tensor, batch: Batch, step: int, purpose: str):
         """The samples at a noise level that the scores look at: (noised latents, noise, sigma)."""
@@ -134,8 +152,7 @@ class DMD2Engine:
             gan_loss, dgan_dx0 = self.gan_for_generator(leaf_BCTHW, batch, step)
             metrics |= {"loss/gan_generator": gan_loss}
             dloss_dx0 = dloss_dx0 + self.recipe.gan.generator_weight * dgan_dx0
-        self.generator.backward((x0_BCTHW * dloss_dx0).sum())  # the derivative of this scalar is dL/dx0 itself
-        self.generator.step()
+        self.backward(self.generator, (x0_BCTHW * dloss_dx0).sum())  # the derivative of this scalar is dL/dx0 itself
         return metrics
 
     @torch.no_grad()
@@ -169,10 +186,10 @@ class DMD2Engine:
         with torch.no_grad():
             x0_BCTHW = self.generated(batch, step, "fake_score", batch.velocity_of(self.generator.module))
             x_BCTHW, noise_BCTHW, sigma_B = self.noised(x0_BCTHW, batch, step, "fake_score")
+        self.hold_for_backward(self.fake_score)
         velocity_BCTHW = self.fake_score(x_BCTHW, sigma_B, **batch.conditions(1)).velocity_BCTHW
         loss = flow_matching_loss(velocity_BCTHW, x0_BCTHW, noise_BCTHW)
-        self.fake_score.backward(loss)
-        self.fake_score.step()
+        self.backward(self.fake_score, loss)
         return {"loss/fake_score": loss.detach()}
 
     def score_and_gan_pass(self, batch: Batch, step: int) -> Metrics:
@@ -188,6 +205,7 @@ class DMD2Engine:
             gan_noise, gan_sigma_B = self.gan_noise(batch, step, "fake_score")
             x_all = torch.cat([x_BCTHW, *(flow.add_noise(x0, gan_noise, gan_sigma_B) for x0 in judged)])
             sigma_all = torch.cat([sigma_B, gan_sigma_B.repeat(len(judged))])
+        self.hold_for_backward(self.fake_score)
         scores = self.fake_score(x_all, sigma_all, judged=len(judged) * len(x_BCTHW), **batch.conditions(1 + len(judged)))
         score_loss = flow_matching_loss(scores.velocity_BCTHW[: len(x_BCTHW)], x0_BCTHW, noise_BCTHW)
         fake_marks, real_marks, *disturbed_marks = scores.marks_JM.chunk(len(judged))
@@ -198,6 +216,5 @@ class DMD2Engine:
             r1 = losses.approximate_r1(real_marks, disturbed_marks[0], gan.r1_strength)
             loss = loss + gan.r1_weight * r1
             metrics |= {"loss/r1": r1.detach()}
-        self.fake_score.backward(loss)
-        self.fake_score.step()
+        self.backward(self.fake_score, loss)
         return metrics
