@@ -13,8 +13,9 @@ from dmd_ds.data.latents import pad_embeds
 from dmd_ds.data.video import VideoSize
 from dmd_ds.errors import UserError, read_json, read_json_mapping
 from dmd_ds.randomness import Randomness
-from dmd_ds.recipe import Positive, Sampling, Section, Steps, explain, validated
+from dmd_ds.recipe import Sampling, explain, validated
 from dmd_ds.sampler import Velocity, few_step_schedule, few_step_x0, guided, scheduler_sample, with_steps
+from dmd_ds.section import Positive, Section, Steps
 from dmd_ds.wan import diffusers_parts, original_parts
 from dmd_ds.wan.autoencoder import decode, latents_shape, load_autoencoder
 from dmd_ds.wan.denoiser import WHOLE_SEQUENCE, ImageCondition, WanDenoiser, WholeSequence

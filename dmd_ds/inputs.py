@@ -58,7 +58,6 @@ class Inputs:
     def summary(self) -> str:
         config, recipe = self.transformer_config, self.recipe
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.latents_shapes)
-        sigmas = " ".join(f"{sigma:.3f}" for sigma in few_step_schedule(recipe.sampling).sigmas)
         accumulated = f" x accumulation {recipe.data.accumulation}" if recipe.data.accumulation > 1 else ""
         return (
             f"model {self.model}: {'image' if takes_image(config) else 'text'} to video, {config['num_layers']} layers, "
@@ -66,8 +65,18 @@ class Inputs:
             f"{'' if self.guidance_embedding == 'none' else f', {self.guidance_embedding} guidance embedding'}\n"
             f"data {self.dataset.folder}: {len(self.dataset)} samples, latents {shapes}\n"
             f"{self.ranks()} x batch {recipe.data.batch_size}{accumulated}; steps {self.first_step} to {recipe.max_steps}, "
-            f"a generator update every {recipe.fake_score.updates_per_generator_update}; sigmas {sigmas}, {recipe.sampling.solver}"
+            f"{self.what_is_trained()}"
         )
+
+    def what_is_trained(self) -> str:
+        recipe = self.recipe
+        if recipe.stage == "cfg_distill":
+            return f"guidance {recipe.cfg_distill.guidance_min:g} to {recipe.cfg_distill.guidance_max:g} in one pass"
+        what = {"regression": f"regression to {recipe.regression.target}", "reward": f"rewards {', '.join(recipe.reward.rewards)}"}
+        if recipe.fake_score:
+            what["dmd2"] = f"a generator update every {recipe.fake_score.updates_per_generator_update}"
+        sigmas = " ".join(f"{sigma:.3f}" for sigma in few_step_schedule(recipe.sampling).sigmas)
+        return f"{what[recipe.stage]}; sigmas {sigmas}, {recipe.sampling.solver}"
 
 
 def check_inputs(recipe: Recipe) -> Inputs:
@@ -83,7 +92,10 @@ def check_inputs(recipe: Recipe) -> Inputs:
     model = find_model(recipe.model.path)
     config = transformer_config(model)
     stored = has_guidance_embedding(transformer_tensors(model))
-    guidance_embedding = "stored" if stored else "fresh" if recipe.model.guidance_embedding else "none"
+    if stored and recipe.stage == "cfg_distill":
+        raise UserError(f"model.path={recipe.model.path}: has its guidance embedded already, stage=cfg_distill has nothing to teach it")
+    fresh = recipe.model.guidance_embedding or recipe.stage == "cfg_distill"
+    guidance_embedding = "stored" if stored else "fresh" if fresh else "none"
     if stored and recipe.score.guidance_below < 1:
         raise UserError(f"score.guidance_below={recipe.score.guidance_below}: model.path={recipe.model.path} has its guidance embedded")
     check_degrees(recipe.parallel, config["num_attention_heads"])
@@ -108,7 +120,9 @@ def check_inputs(recipe: Recipe) -> Inputs:
     if text_width != config["text_dim"]:
         raise UserError(f"data.path={recipe.data.path}: text of width {text_width}, model.path takes {config['text_dim']}")
     check_images(recipe, dataset, config)
-    sections: dict[str, Optimizer] = {"generator": recipe.generator, "fake_score": recipe.fake_score}
+    sections: dict[str, Optimizer] = {"generator": recipe.generator}
+    if recipe.fake_score:
+        sections["fake_score"] = recipe.fake_score
     ds_configs = {
         name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data)
         for name, section in sections.items()

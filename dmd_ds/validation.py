@@ -62,6 +62,8 @@ def check_validation(recipe: Recipe, model: Path) -> None:
         if validation.prompts < 2:
             raise UserError(f"validation.prompts={validation.prompts}: a Fréchet distance to validation.reference takes at least 2")
         moving_shapes.read_features(find_file("validation.reference", validation.reference))
+    if not recipe.is_few_step and not validation.teacher_steps:
+        raise UserError(f"validation.teacher_steps=0: a generator of stage={recipe.stage} samples in as many steps as its teacher")
     if validation.teacher_steps:
         load_scheduler(model)
     elif validation.keep_best and validation.reference is None:
@@ -117,6 +119,7 @@ class Validation:
             indices, device = [self.chosen[place] for place in places], self.mesh.device
             yield Batch(
                 samples=places,
+                prompts=[self.dataset.about[index]["caption"] for index in indices],
                 prompt_embeds_BLD=pad_embeds([self.dataset.prompt_embeds(index) for index in indices], self.prompt_tokens).to(device),
                 latents_shape=self.shape,
                 latents_BCTHW=None,
@@ -128,7 +131,13 @@ class Validation:
         return self.randomness.normal(f"validation/{k}", 0, part.samples, self.shape, self.mesh.device)
 
     def by_generator(self, generator: nn.Module) -> Callable[[Batch], torch.Tensor]:
+        """As it is trained to sample; one that is not trained for that samples as the teacher does."""
+
         def latents(part: Batch) -> torch.Tensor:
+            if not self.recipe.is_few_step:
+                return scheduler_sample(
+                    part.velocity_of(generator), load_scheduler(self.model), self.settings.teacher_steps, self.noise(part, 0)
+                )
             return few_step_x0(part.velocity_of(generator), lambda k: self.noise(part, k), self.schedule, self.schedule.steps - 1)
 
         return latents

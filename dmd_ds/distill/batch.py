@@ -23,6 +23,7 @@ class Batch:
     """What one backward pass is computed on. `samples` are the places of these samples in the global batch: they key every draw."""
 
     samples: list[int]
+    prompts: list[str]
     prompt_embeds_BLD: torch.Tensor
     latents_shape: tuple[int, int, int, int]  # [C, T, H, W]
     latents_BCTHW: torch.Tensor | None  # the dataset's own, where training looks at them
@@ -42,7 +43,7 @@ class Batch:
         }
 
     def real_velocity_of(self, score_model: ScoreModel, text_1LD: torch.Tensor | None = None) -> Velocity:
-        """The velocity of the score model's frozen base, under these samples' prompts or one other text."""
+        """The velocity of a score model's frozen base, under these samples' prompts or one other text."""
         embeds_BLD = self.prompt_embeds_BLD if text_1LD is None else text_1LD.expand(len(self.samples), -1, -1)
         none_B = torch.zeros(len(self.samples), device=embeds_BLD.device)
         return lambda x, sigma_B: score_model(x, sigma_B, embeds_BLD, none_B, self.guidance_B, self.image).velocity_BCTHW

@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import nn
 
 from dmd_ds.errors import UserError, read_json_mapping
-from dmd_ds.recipe import SHORT, Data, Optimizer, Section, find_ds_config, validated
+from dmd_ds.recipe import SHORT, Data, Optimizer, find_ds_config, validated
+from dmd_ds.section import Section
 
 
 class Adam(Section):
@@ -144,6 +145,16 @@ def make_engine(module: nn.Module, ds_config: dict[str, Any]) -> deepspeed.DeepS
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=module, model_parameters=trainable, config=ds_config)
     return engine
+
+
+def frozen(module: nn.Module, ds_config: dict[str, Any]) -> nn.Module:
+    """The same module, trained in no way, with what gathers its weights for each use: `sharded_build` only cuts them."""
+    module.requires_grad_(False)
+    zero = {key: value for key, value in ds_config["zero_optimization"].items() if key != "offload_optimizer"}
+    trains = ("optimizer", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "gradient_clipping")
+    config = {key: value for key, value in ds_config.items() if key not in trains} | {"zero_optimization": zero}
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    return engine.module
 
 
 def set_lr(engine: deepspeed.DeepSpeedEngine, optimizer: Optimizer, update: int) -> None:

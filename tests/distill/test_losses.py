@@ -10,7 +10,7 @@ from dmd_ds.distill.losses import (
     distribution_matching_loss,
     flow_matching_loss,
     generator_gan_loss,
-    guided_x0,
+    guided_prediction,
     score_difference,
 )
 
@@ -56,8 +56,8 @@ def test_the_fake_scores_loss_is_zero_for_the_true_velocity():
 
 
 def test_guidance_of_one_is_the_conditional_model():
-    torch.testing.assert_close(guided_x0(full(3.0), full(1.0), torch.tensor([1.0])), full(3.0))
-    torch.testing.assert_close(guided_x0(full(3.0), full(1.0), torch.tensor([2.5])), full(6.0))
+    torch.testing.assert_close(guided_prediction(full(3.0), full(1.0), torch.tensor([1.0])), full(3.0))
+    torch.testing.assert_close(guided_prediction(full(3.0), full(1.0), torch.tensor([2.5])), full(6.0))
 
 
 def test_without_the_normaliser_the_gradient_is_the_difference_of_the_scores():

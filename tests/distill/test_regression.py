@@ -2,8 +2,9 @@
 
 import torch
 
+from dmd_ds.distill.levels import path_levels
 from dmd_ds.distill.losses import regression_loss
-from dmd_ds.distill.regression import path_levels, teacher_path
+from dmd_ds.distill.regression import teacher_path
 from dmd_ds.recipe import Sampling
 from dmd_ds.sampler import few_step_schedule
 
