@@ -106,8 +106,11 @@ class VideoModel:
         self.image_encoder = load_image_encoder(self.folder, device) if takes_image(transformer_config(self.folder)) else None
         self.dtype = inference_dtype(device)
         transformer = whole_transformer(self.folder, self.dtype)
-        self.takes_guidance = takes_guidance(transformer)
         self.denoiser = WanDenoiser(transformer, sequence).to(device).eval().requires_grad_(False)
+
+    @property
+    def takes_guidance(self) -> bool:
+        return takes_guidance(self.denoiser.transformer)
 
     def evaluations(self, settings: Settings) -> int:
         """Forwards of the denoiser a video: guidance doubles them where it is not embedded."""

@@ -32,7 +32,8 @@ from dmd_ds.parallel.mesh import check_degrees, joined
 from dmd_ds.recipe import Parallel
 from dmd_ds.source import Source, find_source
 from dmd_ds.vbench import check_made_with, read_prompts, wanted, write_videos
-from dmd_ds.wan.weights import transformer_config
+from dmd_ds.wan.guidance import has_guidance_embedding
+from dmd_ds.wan.weights import transformer_config, transformer_tensors
 
 SIZE = ("frames", "height", "width")
 
@@ -43,6 +44,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--teacher", help="folder or name of the model they come from")
     parser.add_argument("--teacher-guidance", type=float, metavar="W", help="default: what its folder says, else Wan2.1's own")
+    parser.add_argument("--guidance", type=float, metavar="W", help="that guidance-embedded students are told; default: as trained")
+    parser.add_argument("--lora-scale", type=float, metavar="S", help="of the adapters of checkpoints that were trained as LoRA")
     parser.add_argument("--steps", type=int, nargs="+", metavar="N", help="default: each student's own")
     parser.add_argument("--weights", choices=["ema", "trained"], help="of checkpoints (default: ema where there is one)")
     parser.add_argument("--prompts", type=int, default=256, metavar="N", help="videos a row, over all captions (default: %(default)s)")
@@ -80,12 +83,17 @@ def check(a: argparse.Namespace) -> None:
         raise UserError(f"--out {a.out}: is a file, not a folder")
 
 
+def takes_guidance(source: Source) -> bool:
+    """Whether a guidance is told to the model itself."""
+    return source.student.takes_guidance if source.student else has_guidance_embedding(transformer_tensors(source.folder))
+
+
 def measure_shapes(a: argparse.Namespace, sources: list[Source]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     evaluator = Evaluator(caption_list(a.prompts), a.seed, a.out / "cache", device, a.batch_size)
     own = sources[0].settings
     size = {name: getattr(a, name) or getattr(own, name) for name in SIZE}
-    students = [(source, source.settings.changed(**size)) for source in sources]
+    students = [(source, source.settings.changed(guidance=a.guidance, **size)) for source in sources]
     teacher = None
     if a.teacher:
         source = find_source(a.teacher)
@@ -114,7 +122,7 @@ def measure_shapes(a: argparse.Namespace, sources: list[Source]) -> None:
 
 def write_for_vbench(a: argparse.Namespace, source: Source) -> None:
     prompts = read_prompts(a.vbench)
-    settings = source.settings.changed(steps=a.steps and a.steps[0], **{name: getattr(a, name) for name in SIZE})
+    settings = source.settings.changed(steps=a.steps and a.steps[0], guidance=a.guidance, **{name: getattr(a, name) for name in SIZE})
     made_with = {"model": source.mark, "seed": a.seed, "samples": a.samples, **settings.model_dump(mode="json")}
     check_made_with(a.out, made_with)
     parallel = Parallel(ulysses=a.ulysses, ring=a.ring)
@@ -132,7 +140,10 @@ def main() -> None:
     a = parse()
     with one_line_errors():
         check(a)
-        sources = [find_source(name, a.weights) for name in a.models]
+        sources = [find_source(name, a.weights, a.lora_scale) for name in a.models]
+        for source in sources if a.guidance is not None else ():
+            if not takes_guidance(source):
+                raise UserError(f"--guidance {a.guidance}: {source.name} has no guidance embedding, it cannot be told")
         if a.vbench:
             write_for_vbench(a, sources[0])
         else:
