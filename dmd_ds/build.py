@@ -9,11 +9,14 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from dmd_ds.distill.cfg import CfgDistillation
 from dmd_ds.distill.dmd2 import DMD2Engine
 from dmd_ds.distill.regression import Regression
+from dmd_ds.distill.reward import RewardTraining
 from dmd_ds.distill.stage import FAKE_SCORE, GENERATOR, Stage
 from dmd_ds.inputs import GuidanceEmbedding, Inputs
 from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.engine import frozen, gather_by_block, make_engine, shard, sharded_build, training_dtype
 from dmd_ds.parallel.mesh import Mesh
+from dmd_ds.rewards import find_rewards
+from dmd_ds.wan.autoencoder import load_autoencoder
 from dmd_ds.wan.denoiser import WanDenoiser
 from dmd_ds.wan.discriminator import HEADS, ScoreModel, default_taps
 from dmd_ds.wan.guidance import add_guidance_embedding, fresh_weights
@@ -52,6 +55,8 @@ def build_generator(inputs: Inputs, sequence: SequenceParallel) -> WanDenoiser:
         return gather_by_block(generator, WanTransformerBlock)
     torch.manual_seed(recipe.seed + 1)  # another adapter than the fake score's, alike on all ranks
     generator.add_adapter(recipe.generator.lora_rank, recipe.generator.lora_alpha)
+    if recipe.stage == "reward":
+        generator.weigh_adapter()
     if inputs.guidance_embedding == "fresh":
         transformer.condition_embedder.guidance_embedder.requires_grad_(True)
     return generator
@@ -78,8 +83,8 @@ def build_teacher(inputs: Inputs, sequence: SequenceParallel) -> ScoreModel:
     return frozen(ScoreModel(build_transformer(inputs, GENERATOR), sequence), inputs.ds_configs[GENERATOR])
 
 
-def build_stage(inputs: Inputs, mesh: Mesh, negative_embeds_1LD: torch.Tensor) -> tuple[Stage, ScoreModel]:
-    """The recipe's stage, with its engines, and the teacher that its generator is looked at beside."""
+def build_stage(inputs: Inputs, mesh: Mesh, negative_embeds_1LD: torch.Tensor) -> tuple[Stage, WanDenoiser]:
+    """The recipe's stage, with its engines, and what its generator is looked at beside: the teacher's model, or the start's."""
     recipe, sequence = inputs.recipe, SequenceParallel(mesh, training_dtype())
     shared = {"negative_embeds_1LD": negative_embeds_1LD, "device": mesh.device}
     if recipe.stage == "dmd2":
@@ -87,6 +92,11 @@ def build_stage(inputs: Inputs, mesh: Mesh, negative_embeds_1LD: torch.Tensor) -
         engine = make_engine(generator, inputs.ds_configs[GENERATOR])
         fake_score = make_engine(score_model, inputs.ds_configs[FAKE_SCORE])
         return DMD2Engine(recipe, engine, fake_score, two_pass_guidance=inputs.two_pass_guidance, **shared), score_model
+    if recipe.stage == "reward":
+        generator = build_generator(inputs, sequence)
+        vae, rewards = load_autoencoder(inputs.model, mesh.device), find_rewards(recipe.reward.rewards)
+        engine = make_engine(generator, inputs.ds_configs[GENERATOR])
+        return RewardTraining(recipe, engine, vae, rewards, mesh.device), generator
     teacher = build_teacher(inputs, sequence)
     engine = make_engine(build_generator(inputs, sequence), inputs.ds_configs[GENERATOR])
     if recipe.stage == "cfg_distill":

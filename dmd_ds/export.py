@@ -246,7 +246,7 @@ def training(student: Student) -> str:
     if recipe.stage == "regression":
         return f"Distilled by regression to {recipe.regression.target} {from_what} updates; {built_in}"
     if recipe.stage == "reward":
-        rewards = ", ".join(f"{weight:g} {name}" for name, weight in recipe.reward.rewards.items())
+        rewards = ", ".join(f"{term.weight:g} {name}" for name, term in recipe.reward.rewards.items())
         return f"Trained on rewards ({rewards}; {recipe.reward.penalty:g} penalty) {from_what} updates."
     return f"""Distilled with DMD2 {from_what} fake-score updates,
 a generator update every {recipe.fake_score.updates_per_generator_update}; {built_in}"""

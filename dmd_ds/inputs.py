@@ -12,9 +12,10 @@ from dmd_ds.parallel.ema import check_can_average
 from dmd_ds.parallel.engine import complete_ds_config, read_ds_config
 from dmd_ds.parallel.mesh import check_degrees, world_size
 from dmd_ds.recipe import Optimizer, Recipe
+from dmd_ds.rewards import check_rewards
 from dmd_ds.sampler import few_step_schedule
 from dmd_ds.validation import check_validation
-from dmd_ds.wan.autoencoder import latents_shape
+from dmd_ds.wan.autoencoder import TIME_STRIDE, latents_shape
 from dmd_ds.wan.denoiser import TEXT_TOKENS
 from dmd_ds.wan.guidance import has_guidance_embedding
 from dmd_ds.wan.weights import find_model, takes_image, transformer_config, transformer_tensors
@@ -120,6 +121,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
     if text_width != config["text_dim"]:
         raise UserError(f"data.path={recipe.data.path}: text of width {text_width}, model.path takes {config['text_dim']}")
     check_images(recipe, dataset, config)
+    check_reward(recipe, latents_shapes)
     sections: dict[str, Optimizer] = {"generator": recipe.generator}
     if recipe.fake_score:
         sections["fake_score"] = recipe.fake_score
@@ -139,6 +141,13 @@ def check_inputs(recipe: Recipe) -> Inputs:
     return Inputs(
         recipe, model, dataset, latents_shapes, shown_shape, video, config, guidance_embedding, ds_configs, resume_from, first_step
     )
+
+
+def check_reward(recipe: Recipe, latents_shapes: list[tuple[int, int, int, int]]) -> None:
+    check_rewards(recipe.reward.rewards)
+    fewest = min(TIME_STRIDE * (shape[1] - 1) + 1 for shape in latents_shapes)
+    if recipe.reward.frames != "all" and max(recipe.reward.frames) >= fewest:
+        raise UserError(f"reward.frames={recipe.reward.frames}: a video has {fewest}, numbered from 0")
 
 
 def check_gan(recipe: Recipe, layers: int) -> None:

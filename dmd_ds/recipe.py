@@ -210,6 +210,10 @@ class Recipe(Section):
             raise PydanticCustomError("lacking", "the key reward.rewards is missing")
         if self.stage == "reward" and self.generator.lora_rank is None:
             raise PydanticCustomError("lacking", "generator.lora_rank=None: stage=reward trains an adapter, which it weighs against none")
+        if self.stage == "reward" and self.model.guidance_embedding:
+            raise PydanticCustomError("unused", "model.guidance_embedding=True: stage=reward trains an adapter alone")
+        if self.stage == "reward" and self.reward.steps > self.sampling.steps:
+            raise PydanticCustomError("range", f"reward.steps={self.reward.steps}: are of sampling.steps={self.sampling.steps}")
         if self.stage == "regression" and self.regression.steps:
             text = f"regression.steps={self.regression.steps}: of a warm-up of DMD2; stage=regression takes max_steps"
             raise PydanticCustomError("unused", text)
@@ -324,7 +328,7 @@ def validated(section: type[AnySection], value: Any, where: str, within: str = "
 
 def explain(problem: dict[str, Any], section: type[BaseModel] = Recipe, within: str = "") -> str:
     """One line for one pydantic problem."""
-    if not problem["loc"] and problem["type"] in ("unused", "lacking", "solver"):  # of several keys
+    if not problem["loc"] and problem["type"] in ("unused", "lacking", "range", "solver"):  # of several keys
         return problem["msg"]
     key = within + ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":

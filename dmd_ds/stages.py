@@ -1,6 +1,6 @@
 """The recipe's sections that are of one stage or another."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -44,15 +44,31 @@ class Regression(Section):
     lr: Annotated[float, Field(gt=0)] | None = Field(None, description="of the warm-up; null: generator.lr")
 
 
+class RewardTerm(Section):
+    weight: float
+    path: str | None = Field(None, description="of the reward's own weights, where it has any")
+
+
 class Reward(Section):
     """What the few-step generator makes is decoded and judged, and the judgement's gradient flows back (DRaFT)."""
 
-    rewards: dict[str, float] = Field({}, description="their weights, by name: an entry point of dmd_ds.rewards, or module:function")
+    rewards: dict[str, RewardTerm] = Field(
+        {}, description="by name, an entry point of dmd_ds.rewards or module:function: a weight, or weight and path"
+    )
     steps: Positive = Field(1, description="of sampling, the last so many, through which the gradient flows")
-    frames: list[NotNegative] | Literal["all"] = Field([0], description="which are decoded and judged, numbered from 0")
+    frames: Annotated[list[NotNegative], Field(min_length=1)] | Literal["all"] = Field(
+        [0], description="which are decoded and judged, numbered from 0"
+    )
     penalty: NotNegativeNumber = Field(
         1.0, description="weight of the mean squared difference of its velocity to the start's, which is the model without its adapter"
     )
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _take_weights(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: {"weight": term} if isinstance(term, int | float) else term for name, term in given.items()}
 
 
 class Rollout(Section):

@@ -34,6 +34,11 @@ class Batch:
         """The generator's velocity under this batch's conditions."""
         return lambda x, sigma_B: model(x, sigma_B, self.prompt_embeds_BLD, guidance_B=self.guidance_B, image=self.image)
 
+    def start_velocity_of(self, model: torch.nn.Module) -> Velocity:
+        """That of a generator without the adapter that it trains."""
+        none_B = torch.zeros(len(self.samples), device=self.prompt_embeds_BLD.device)
+        return lambda x, sigma_B: model(x, sigma_B, self.prompt_embeds_BLD, none_B, self.guidance_B, self.image)
+
     def conditions(self, times: int) -> dict[str, torch.Tensor | ImageCondition | None]:
         """The arguments of a score model that is shown this batch's samples so many times over, under their own prompts."""
         return {

@@ -54,6 +54,13 @@ def regression_loss(x0_BCTHW: torch.Tensor, end_BCTHW: torch.Tensor) -> torch.Te
     return (x0_BCTHW - end_BCTHW).square().mean()
 
 
+def velocity_difference(velocity_BCTHW: torch.Tensor, start_BCTHW: torch.Tensor) -> torch.Tensor:
+    """How far a generator has gone from its start: up to a factor of the noise level, the divergence of the two samples that take
+    this step from the same point."""
+    # L = mean |v - v_start|^2
+    return (velocity_BCTHW - start_BCTHW).square().mean()
+
+
 def generator_gan_loss(fake_marks_BM: torch.Tensor) -> torch.Tensor:
     """What the generator loses to the discriminator (the non-saturating loss of Goodfellow et al. 2014)."""
     # L = mean softplus(-D(fake))
