@@ -6,6 +6,7 @@ import os
 import re
 import reprlib
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
@@ -277,8 +278,11 @@ def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]
     """Every key of a recipe, dotted."""
     keys = []
     for name, field in section.model_fields.items():
-        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        keys += known_keys(kinds[0], f"{prefix}{name}.") if kinds else [prefix + name]
+        kind = field.annotation
+        if NoneType in get_args(kind):  # a section that may not be there
+            kind = get_args(kind)[0]
+        is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
+        keys += known_keys(kind, f"{prefix}{name}.") if is_section else [prefix + name]
     return keys
 
 
