@@ -8,6 +8,7 @@ from dmd_ds import checkpoint
 from dmd_ds.data.latents import LatentsDataset
 from dmd_ds.data.video import VideoSize
 from dmd_ds.errors import UserError
+from dmd_ds.generation import read_settings
 from dmd_ds.parallel.ema import check_can_average
 from dmd_ds.parallel.engine import complete_ds_config, read_ds_config
 from dmd_ds.parallel.mesh import check_degrees, world_size
@@ -121,7 +122,8 @@ def check_inputs(recipe: Recipe) -> Inputs:
     if text_width != config["text_dim"]:
         raise UserError(f"data.path={recipe.data.path}: text of width {text_width}, model.path takes {config['text_dim']}")
     check_images(recipe, dataset, config)
-    check_reward(recipe, latents_shapes)
+    if recipe.stage == "reward":
+        check_reward(recipe, model, latents_shapes)
     sections: dict[str, Optimizer] = {"generator": recipe.generator}
     if recipe.fake_score:
         sections["fake_score"] = recipe.fake_score
@@ -143,8 +145,12 @@ def check_inputs(recipe: Recipe) -> Inputs:
     )
 
 
-def check_reward(recipe: Recipe, latents_shapes: list[tuple[int, int, int, int]]) -> None:
+def check_reward(recipe: Recipe, model: Path, latents_shapes: list[tuple[int, int, int, int]]) -> None:
     check_rewards(recipe.reward.rewards)
+    distilled = read_settings(model).few_step
+    if distilled and distilled != recipe.sampling:
+        grid = f"{distilled.steps} steps, sigmas {' '.join(f'{sigma:.3f}' for sigma in few_step_schedule(distilled).sigmas)}"
+        raise UserError(f"sampling is not that of model.path={recipe.model.path}, which was distilled for {grid}, {distilled.solver}")
     fewest = min(TIME_STRIDE * (shape[1] - 1) + 1 for shape in latents_shapes)
     if recipe.reward.frames != "all" and max(recipe.reward.frames) >= fewest:
         raise UserError(f"reward.frames={recipe.reward.frames}: a video has {fewest}, numbered from 0")
