@@ -63,8 +63,9 @@ def check_validation(recipe: Recipe, model: Path) -> None:
         moving_shapes.read_features(find_file("validation.reference", validation.reference))
     if not recipe.is_few_step and not validation.teacher_steps:
         raise UserError(f"validation.teacher_steps=0: a generator of stage={recipe.stage} samples in as many steps as its teacher")
-    if validation.teacher_steps and recipe.stage != "reward":
-        load_scheduler(model)
+    if validation.teacher_steps:
+        if recipe.stage != "reward":  # which is compared with its start
+            load_scheduler(model)
     elif validation.keep_best and validation.reference is None:
         raise UserError("validation.keep_best=true compares by validation.reference or, with validation.teacher_steps, by drift; give one")
 
