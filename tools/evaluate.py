@@ -30,6 +30,7 @@ from dmd_ds.generation import inference_dtype
 from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.mesh import check_degrees, joined
 from dmd_ds.recipe import Parallel
+from dmd_ds.rewards import find_reward
 from dmd_ds.source import Source, find_source
 from dmd_ds.vbench import check_made_with, read_prompts, wanted, write_videos
 from dmd_ds.wan.guidance import has_guidance_embedding
@@ -49,6 +50,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs="+", metavar="N", help="default: each student's own")
     parser.add_argument("--weights", choices=["ema", "trained"], help="of checkpoints (default: ema where there is one)")
     parser.add_argument("--prompts", type=int, default=256, metavar="N", help="videos a row, over all captions (default: %(default)s)")
+    parser.add_argument("--held-back", action="store_true", help="over the captions that tiny-wan was never shown, instead of all")
+    parser.add_argument("--rewards", nargs="+", default=[], metavar="NAME", help="also the means of these, as a recipe names them")
     parser.add_argument("--seed", type=int, default=1000, help="of the first video; the next has the next (default: %(default)s)")
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="features of the guided teacher's videos (default: tiny-wan's)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="videos made at once (default: 27, with --vbench 1)")
@@ -90,7 +93,9 @@ def takes_guidance(source: Source) -> bool:
 
 def measure_shapes(a: argparse.Namespace, sources: list[Source]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    evaluator = Evaluator(caption_list(a.prompts), a.seed, a.out / "cache", device, a.batch_size)
+    captions = moving_shapes.HELD_BACK if a.held_back else moving_shapes.CAPTIONS
+    rewards = {name: find_reward(name) for name in a.rewards}
+    evaluator = Evaluator(caption_list(a.prompts, captions), a.seed, a.out / "cache", device, a.batch_size, rewards)
     own = sources[0].settings
     size = {name: getattr(a, name) or getattr(own, name) for name in SIZE}
     students = [(source, source.settings.changed(guidance=a.guidance, **size)) for source in sources]
@@ -108,7 +113,7 @@ def measure_shapes(a: argparse.Namespace, sources: list[Source]) -> None:
         reference_NF, reference = None, None
     lines = lines_of(rows, reference_NF)
 
-    text = table(lines, (*COLUMNS, *COMPARED) if teacher else COLUMNS)
+    text = table(lines, (*COLUMNS, *(COMPARED if teacher else ()), *rewards))
     write_whole(a.out / "table.txt", text + "\n")
     report = {"prompts": a.prompts, "seed": a.seed, **size, "reference": reference}
     report["rows"] = [{"kind": row.kind, "model": row.model, "steps": row.steps, **lines[row.title]} for row in rows]
