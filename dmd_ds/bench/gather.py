@@ -27,7 +27,7 @@ def cut_bytes(module: torch.nn.Module, trained: bool = False) -> int:
 
 def watch(trainer: Trainer, counts: Collectives) -> None:
     """Names the phases of the trainer's steps for the count."""
-    dmd2, engines = trainer.dmd2, trainer.engines
+    dmd2, engines = trainer.stage, trainer.stage.engines
     for owner, method, phase in (
         (dmd2, "generated", "generator: rollout"),
         (dmd2, "distribution_matching", "scores"),
@@ -42,11 +42,11 @@ def watch(trainer: Trainer, counts: Collectives) -> None:
 
 def least_and_naive(trainer: Trainer, first: int, steps: int) -> dict[str, Bytes]:
     """Bytes gathered and reduced by the steps, in the best order and in the naive one."""
-    generator, score = (trainer.engines[name].module for name in ("generator", "fake_score"))
+    generator, score = (trainer.stage.engines[name].module for name in ("generator", "fake_score"))
     G, S, recipe = cut_bytes(generator), cut_bytes(score), trainer.recipe
     due = [step for step in range(first, first + steps) if recipe.is_generator_due(step)]
     rollouts = [(step, "generator") for step in due] + [(step, "fake_score") for step in range(first, first + steps)]
-    forwards = sum(trainer.dmd2.exit_step(*rollout) + 1 for rollout in rollouts)
+    forwards = sum(trainer.stage.exit_step(*rollout) + 1 for rollout in rollouts)
     updates = len(due) * G + 2 * steps * S  # backwards of the generator; forwards and backwards of the score
     reduced = len(due) * cut_bytes(generator, trained=True) + steps * cut_bytes(score, trained=True)
     return {
@@ -72,7 +72,7 @@ def on_rank(world: dict, folder: str, gather: str, iterations: int) -> dict[str,
         found = {"gathered": dict(counts.gathered), "reduced": dict(counts.reduced)}
         found |= least_and_naive(trainer, k, k * iterations)
         trainer.monitor.close()
-    return found | {"generator": cut_bytes(trainer.engines["generator"].module), "iterations": iterations}
+    return found | {"generator": cut_bytes(trainer.stage.engines["generator"].module), "iterations": iterations}
 
 
 def measure(world: World, ranks: int, iterations: int) -> dict[str, dict[str, Bytes]]:

@@ -56,7 +56,7 @@ def on_rank(world: dict, folder: str, ulysses: int, checkpointing: bool) -> dict
             peaks = {"generator": 0, "fake score": 0}
             for step in range(STEPS):
                 batches = trainer.batches(step)
-                for name, run in (("generator", trainer.dmd2.generator_step), ("fake score", trainer.dmd2.fake_score_step)):
+                for name, run in (("generator", trainer.stage.generator_step), ("fake score", trainer.stage.fake_score_step)):
                     live.reset()
                     run(batches, step)
                     peaks[name] = max(peaks[name], live.peak)

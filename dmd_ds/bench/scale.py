@@ -29,7 +29,7 @@ def on_rank(world: dict, folder: str) -> dict[str, float]:
         trainer = trainer_of(world, recipe_of(world, folder), mesh)
         k = trainer.recipe.fake_score.updates_per_generator_update
         exits = {"exit": "last"}  # every iteration has the same passes
-        trainer.dmd2.recipe = trainer.recipe.model_copy(update={"rollout": trainer.recipe.rollout.model_copy(update=exits)})
+        trainer.stage.recipe = trainer.recipe.model_copy(update={"rollout": trainer.recipe.rollout.model_copy(update=exits)})
         seconds, counts = [], Collectives()
         for number in range(WARM + TIMED):
             get_accelerator().synchronize()

@@ -111,7 +111,7 @@ def on_rank(world: dict, folder: str, repeats: int) -> dict[str, list[float]]:
     with joined(Parallel()) as mesh:
         recipe = recipe_of(world, folder, save_every=10**6)
         trainer = trainer_of(world, recipe, mesh)
-        floor = Floor(world, recipe, trainer.dmd2, mesh.device)
+        floor = Floor(world, recipe, trainer.stage, mesh.device)
         k = recipe.fake_score.updates_per_generator_update
         found: dict[str, list[float]] = {"trainer": [], "floor": []}
         with Stopping(trainer.run, None, True) as stopping:

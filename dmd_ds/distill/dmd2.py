@@ -16,19 +16,16 @@ import torch
 from dmd_ds import flow
 from dmd_ds.distill import losses
 from dmd_ds.distill.batch import Batch, Metrics, step_engine
-from dmd_ds.distill.losses import flow_matching_loss, guided_x0
+from dmd_ds.distill.levels import score_sigmas
+from dmd_ds.distill.losses import flow_matching_loss, guided_prediction
+from dmd_ds.distill.regression import Regression
 from dmd_ds.distill.rollout import noised_data, rollout
+from dmd_ds.distill.stage import FAKE_SCORE, GENERATOR, Stage, Turn
 from dmd_ds.parallel.engine import hold_weights, let_weights_go
 from dmd_ds.randomness import Randomness
-from dmd_ds.recipe import Recipe, Score
+from dmd_ds.recipe import Recipe
 from dmd_ds.sampler import Velocity, few_step_schedule
 from dmd_ds.wan.discriminator import ScoreModel
-
-
-def score_sigmas(uniform_B: torch.Tensor, score: Score, lowest: float = 0.0) -> torch.Tensor:
-    """Noise levels for the scores: uniform numbers, shifted, from `lowest` up, kept within the recipe's range."""
-    lowest_uniform = flow.shift_sigma(lowest, 1 / score.shift)  # which the shift moves to `lowest`
-    return flow.shift_sigma(lowest_uniform + (1 - lowest_uniform) * uniform_B, score.shift).clamp(score.sigma_min, score.sigma_max)
 
 
 def x0_of_scores(
@@ -56,11 +53,11 @@ def x0_of_scores(
     velocity = score_model(x, sigma, adapter_weight_B=adapter_weight.flatten(), **conditions).velocity_BCTHW
     fake, real, *unconditional = flow.x0_from_velocity(x, velocity, sigma).chunk(parts)
     if unconditional:
-        real = guided_x0(real, unconditional[0], torch.where(sigma_B <= guidance_below, guidance, 1.0))
+        real = guided_prediction(real, unconditional[0], torch.where(sigma_B <= guidance_below, guidance, 1.0))
     return real, fake
 
 
-class DMD2Engine:
+class DMD2Engine(Stage):
     """Coordinates the two engines. `negative_embeds_1LD` is the text that guidance pushes away from.
 
     `two_pass_guidance`: how far it pushes; 1 where the real score has its guidance from an embedding, in one pass.
@@ -77,6 +74,7 @@ class DMD2Engine:
         device: torch.device,
     ):
         self.recipe = recipe
+        self.engines = {GENERATOR: generator, FAKE_SCORE: fake_score}
         self.generator = generator
         self.fake_score = fake_score
         self.negative_embeds_1LD = negative_embeds_1LD
@@ -84,6 +82,14 @@ class DMD2Engine:
         self.device = device
         self.randomness = Randomness(recipe.seed)
         self.schedule = few_step_schedule(recipe.sampling)
+        self.warm_up = Regression(recipe, generator, fake_score.module, negative_embeds_1LD, two_pass_guidance, device)
+
+    def turns(self, step: int) -> list[Turn]:
+        """The generator when it is due, then the fake score; in the warm-up the generator alone."""
+        if step < self.recipe.regression.steps:
+            return self.warm_up.turns(step)
+        fake_score = Turn(FAKE_SCORE, "fake score", self.fake_score_step)
+        return [Turn(GENERATOR, "generator", self.generator_step), fake_score] if self.recipe.is_generator_due(step) else [fake_score]
 
     def exit_step(self, step: int, purpose: str) -> int:
         """The step of the rollout whose x0 is trained on, the same on all ranks."""

@@ -18,7 +18,8 @@ from torch import nn
 
 from dmd_ds.errors import UserError, read_json_mapping
 from dmd_ds.planner.sizes import ModelSize, with_auto_sizes
-from dmd_ds.recipe import SHORT, Data, Optimizer, Section, find_ds_config, validated
+from dmd_ds.recipe import SHORT, Data, Optimizer, find_ds_config, validated
+from dmd_ds.section import Section
 
 
 class Adam(Section):
@@ -165,6 +166,16 @@ def let_weights_go(module: nn.Module) -> None:
     """What is whole now is cut up again by whatever uses it next, a forward or a backward, as it passes."""
     for parameter in module.parameters():
         parameter.ds_active_sub_modules.discard(HELD)
+
+
+def frozen(module: nn.Module, ds_config: dict[str, Any]) -> nn.Module:
+    """The same module, trained in no way, with what gathers its weights for each use: `sharded_build` only cuts them."""
+    module.requires_grad_(False)
+    zero = {key: value for key, value in ds_config["zero_optimization"].items() if key != "offload_optimizer"}
+    trains = ("optimizer", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "gradient_clipping")
+    config = {key: value for key, value in ds_config.items() if key not in trains} | {"zero_optimization": zero}
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    return engine.module
 
 
 def set_lr(engine: deepspeed.DeepSpeedEngine, optimizer: Optimizer, update: int) -> None:

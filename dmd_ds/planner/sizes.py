@@ -8,7 +8,8 @@ import math
 from typing import Any
 
 from dmd_ds.errors import UserError
-from dmd_ds.recipe import Gan, Recipe
+from dmd_ds.recipe import Recipe
+from dmd_ds.stages import Gan
 
 TEXT_TOKENS = 512  # Wan2.1 pads its text to this length (wan.denoiser)
 VAE_TIME_STRIDE, VAE_SPACE_STRIDE = 4, 8
@@ -256,6 +257,8 @@ class Setup:
 
 def setup_of(recipe: Recipe, model: ModelSize, video: Video, gpus: int, ds_configs: dict[str, dict], **options) -> Setup:
     """The setup that the recipe itself asks for."""
+    if recipe.fake_score is None:
+        raise UserError(f"stage={recipe.stage}: the memory of DMD2 alone is planned")
     return Setup(
         model=model,
         latents=video.latents(),

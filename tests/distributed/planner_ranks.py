@@ -66,13 +66,13 @@ def measure(recipe: Recipe, mesh: Mesh, steps: int) -> dict[str, float]:
         peaks = {"generator": 0, "fake score": 0}
         for step in range(steps):
             batches = trainer.batches(step)
-            for name, run in (("generator", trainer.dmd2.generator_step), ("fake score", trainer.dmd2.fake_score_step)):
+            for name, run in (("generator", trainer.stage.generator_step), ("fake score", trainer.stage.fake_score_step)):
                 live.reset()
                 run(batches, step)
                 peaks[name] = max(peaks[name], live.peak)
         peaks["standing"] = live.live
         trainer.monitor.close()
-        for engine in trainer.engines.values():
+        for engine in trainer.stage.engines.values():
             engine.destroy()
     return peaks
 
