@@ -223,6 +223,9 @@ class Recipe(Section):
     keep_checkpoints: Positive | None = Field(None, description="the newest so many stay, and the best; null: all")
     keep_every: Positive | None = Field(None, description="with keep_checkpoints: those of every so many steps stay too")
     background_save: bool = Field(False, description="training waits for a copy in the host's memory and not for the disk")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        ("tensorboard",), description="where numbers go beside metrics.jsonl; keys of services stay in the environment"
+    )
     seed: Seed = 0
     activation_checkpointing: bool = True
     activation_offload: bool = Field(False, description="what checkpointing keeps, each block's input, is kept in the host's memory")
@@ -269,6 +272,13 @@ class Recipe(Section):
 
 def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in (PACKAGE / "recipes").glob("*.yaml"))
+
+
+def described_recipes() -> str:
+    """A line a shipped recipe: its name, and what the first line of its file says."""
+    width = max(map(len, shipped_recipes()))
+    firsts = {name: read_text(PACKAGE / "recipes" / f"{name}.yaml").splitlines()[0] for name in shipped_recipes()}
+    return "\n".join(f"{name:{width}}  {first.removeprefix('#').strip()}" for name, first in firsts.items())
 
 
 def find_recipe(name: str) -> Path:

@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dmd_ds.checkpoint import write_whole
+from dmd_ds.commands import command_parser
 from dmd_ds.data.video import read_image, write_video
 from dmd_ds.errors import UserError, one_line_errors, read_jsonl, read_text
 from dmd_ds.generation import Settings, VideoModel, fingerprint, inference_dtype, read_settings
@@ -125,7 +126,7 @@ def write_manifest(manifest: Path, by_file: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--model", required=True, help="diffusers Wan folder, student or teacher, or the name of a shipped one")
     parser.add_argument("--prompts", required=True, type=Path)
     parser.add_argument("--image", type=Path, help="the first frame, for an image-to-video model")

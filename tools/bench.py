@@ -29,6 +29,7 @@ import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 
 from dmd_ds.build import sharded_transformer
+from dmd_ds.commands import command_parser
 from dmd_ds.errors import UserError, one_line_errors
 from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.engine import complete_ds_config, read_ds_config
@@ -226,7 +227,7 @@ def table(rows: list[dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("part", choices=["sp", "load"])
     parser.add_argument("--tokens", type=int, default=1280, help="of sp")
     parser.add_argument("--model", choices=PUBLISHED, default="1.3b", help="of load: its random weights are written to a temporary folder")

@@ -3,11 +3,12 @@
 
     clips as mp4 -> latents -> DMD2 on two ranks -> diffusers folder -> teacher, undistilled and student side by side
 
-Leaves outputs/demo/ with student/ (a diffusers folder), samples/ (mp4 files and contact_sheet.png) and report.json. What is
-finished is not done again.
+    python tools/demo.py --out outputs/longer max_steps=1000
+
+Leaves outputs/demo/ with student/ (a diffusers folder), samples/ (mp4 files and contact_sheet.png), report.json and report.html,
+which a browser opens. What is finished is not done again.
 """
 
-import argparse
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 from dmd_ds.checkpoint import write_whole
+from dmd_ds.commands import command_parser
 from dmd_ds.data import moving_shapes
 from dmd_ds.data.video import contact_sheet, write_video
 from dmd_ds.errors import UserError, one_line_errors, read_json
@@ -195,7 +197,7 @@ def demo(out: Path, prompt_count: int, clips_a_caption: int, overrides: list[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--prompts", type=int, default=2 * len(moving_shapes.CAPTIONS), help="judged videos a model (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=2, help="clips a caption (default: %(default)s)")

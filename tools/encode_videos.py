@@ -13,7 +13,6 @@ Paths are relative to the file that names them. A broken clip is named, counted 
 width) a clip goes to the one that loses least of it; training takes each step's samples from one size.
 """
 
-import argparse
 import dataclasses
 import shutil
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dmd_ds.commands import command_parser
 from dmd_ds.data.latents import LatentsWriter
 from dmd_ds.data.video import VideoSize, best_size, read_video, size_of_film
 from dmd_ds.errors import UserError, one_line_errors, read_json, read_jsonl, read_text
@@ -125,7 +125,7 @@ def encode_videos(source: Path, out: Path, model: Path, sizes: list[VideoSize], 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("clips", type=Path, metavar="CLIPS")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--model", default="tiny-wan", help="diffusers Wan folder, or the name of a shipped one (default: %(default)s)")

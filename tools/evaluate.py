@@ -22,6 +22,7 @@ import torch
 
 from dmd_ds.charts import draw_curves
 from dmd_ds.checkpoint import write_whole
+from dmd_ds.commands import command_parser
 from dmd_ds.data import moving_shapes
 from dmd_ds.data.video import contact_sheet
 from dmd_ds.errors import UserError, one_line_errors
@@ -38,7 +39,7 @@ SIZE = ("frames", "height", "width")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("models", metavar="STUDENT", nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--teacher", help="folder or name of the model they come from")

@@ -10,9 +10,9 @@ A guidance embedding, which only wan's folders can hold, is folded in the others
 --fold-guidance.
 """
 
-import argparse
 from pathlib import Path
 
+from dmd_ds.commands import command_parser
 from dmd_ds.errors import UserError, one_line_errors
 from dmd_ds.export import find_student, sampling_note, to_comfyui, to_diffusers, to_wan
 from dmd_ds.lora import to_lora, to_own_lora
@@ -21,7 +21,7 @@ FORMATS = {"diffusers": to_diffusers, "wan": to_wan, "comfyui": to_comfyui}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--format", choices=[*FORMATS, "lora"], default="diffusers")

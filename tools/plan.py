@@ -8,10 +8,10 @@ test_planner_accuracy.py); CUDA's context, NCCL's buffers and the allocator's fr
 Seconds are estimates for comparison: of one setting with another, of one machine with another.
 """
 
-import argparse
 import json
 from pathlib import Path
 
+from dmd_ds.commands import command_parser
 from dmd_ds.errors import UserError, one_line_errors, read_json_mapping
 from dmd_ds.parallel.engine import parse_ds_config
 from dmd_ds.planner.choose import Plan, cheapest, plan
@@ -90,7 +90,7 @@ def as_json(found: Plan, machine: Machine) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("recipe", help="the name of a shipped recipe, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpus", type=int, required=True)

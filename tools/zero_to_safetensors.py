@@ -8,15 +8,15 @@ diffusers.WanPipeline.from_pretrained, or WanImageToVideoPipeline of an image-to
 was trained for and guidance_scale=1.0. For other formats see tools/export.py.
 """
 
-import argparse
 from pathlib import Path
 
+from dmd_ds.commands import command_parser
 from dmd_ds.errors import one_line_errors
 from dmd_ds.export import find_student, sampling_note, to_diffusers
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--model", help="the base model's folder, where it is not at the recipe's model.path any more")
