@@ -1,5 +1,6 @@
 """What a run was started with, written down once a command: the machines, the versions, the memory that was planned."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -13,12 +14,16 @@ import psutil
 import torch
 
 from dmd_ds import __version__
+from dmd_ds.errors import read_json_mapping
 from dmd_ds.inputs import Inputs
 from dmd_ds.parallel.engine import training_dtype
 from dmd_ds.parallel.hosts import host_of_rank
 from dmd_ds.parallel.mesh import Mesh
 from dmd_ds.planner.memory import Memory, memory
 from dmd_ds.planner.sizes import ModelSize, Precision, Video, setup_of
+from dmd_ds.recipe import validated
+from dmd_ds.wan.diffusers_parts import Autoencoder
+from dmd_ds.wan.original_parts import is_original
 
 STARTS = "starts.jsonl"
 GB = 1e9
@@ -26,7 +31,7 @@ PACKAGES = ("torch", "deepspeed", "xfuser", "yunchang", "diffusers", "transforme
 
 
 def planned_memory(inputs: Inputs, prompt_tokens: int, ranks: int) -> Memory:
-    """Of the fullest rank, in the precision that is trained in here."""
+    """Of the fullest rank, in the precision that is trained in here; without validation where the planner knows not the autoencoder."""
     frames, height, width = (int(inputs.video[key]) for key in ("frames", "height", "width"))
     dtype = training_dtype()
     setup = setup_of(
@@ -38,7 +43,15 @@ def planned_memory(inputs: Inputs, prompt_tokens: int, ranks: int) -> Memory:
         text_tokens=prompt_tokens,
         precision=Precision(dtype.itemsize, accelerator=dtype != torch.float32),
     )
-    return memory(setup)
+    return memory(dataclasses.replace(setup, validation=setup.validation and has_wans_autoencoder(inputs.model)))
+
+
+def has_wans_autoencoder(model: Path) -> bool:
+    """Whether it is as wide as Wan2.1's own, of which the planner knows the weights."""
+    if is_original(model):
+        return True
+    path = model / "vae" / "config.json"
+    return validated(Autoencoder, read_json_mapping(path), str(path)).base_dim == Autoencoder.model_fields["base_dim"].default
 
 
 def cpu_name() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dmd_ds.commands import command_parser
 from dmd_ds.errors import UserError, one_line_errors
-from dmd_ds.report.page import MEGABYTES, write_report
+from dmd_ds.report.page import MEGABYTES, write_page
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
             raise UserError(f"{a.runs[0]}: one run; name at least two, or use tools/report.py")
         if a.megabytes <= 0:
             raise UserError(f"--megabytes {a.megabytes:g}: must be more than 0")
-        write_report(a.runs, a.out, a.megabytes)
+        write_page(a.runs, a.out, a.megabytes)
     print(a.out)
 
 

@@ -30,6 +30,7 @@ from dmd_ds.errors import UserError, one_line_errors, read_json
 from dmd_ds.evaluation import REFERENCE, Evaluation, caption_list, evaluate, table
 from dmd_ds.generation import Settings, VideoModel
 from dmd_ds.recipe import REPOSITORY, load_recipe
+from dmd_ds.report.page import write_page
 
 TEACHER = "tiny-wan"
 FIRST_SEED = 10_000  # of the videos that are judged; the kept reference has others
@@ -180,6 +181,7 @@ def demo(out: Path, prompt_count: int, clips_a_caption: int, overrides: list[str
         write_samples(out / "samples", evaluations)
         write_report(report_file, evaluations, prompt_count)
 
+    write_page([out / "run"], out / "report.html", title=out.name)
     report = json.loads(report_file.read_text())
     steps = recipe.sampling.steps
     titles = {
@@ -193,7 +195,7 @@ def demo(out: Path, prompt_count: int, clips_a_caption: int, overrides: list[str
         f"\nthe student closes {report['gap_closed']:.0%} of the Fréchet gap between the undistilled model and the teacher "
         f"(floor {report['floor']:.2f}) and is {report['speedup']:.0f} times faster; {time.monotonic() - began:.0f} s in all"
     )
-    print(f"look at\n  {out}/samples/contact_sheet.png\n  {out}/samples/*.mp4\n  {report_file}\n  {student}/")
+    print(f"look at\n  {out}/samples/contact_sheet.png\n  {out}/samples/*.mp4\n  {report_file}\n  {student}/\n  {out}/report.html")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dmd_ds.commands import command_parser
 from dmd_ds.errors import UserError, one_line_errors
-from dmd_ds.report.page import MEGABYTES, write_report
+from dmd_ds.report.page import MEGABYTES, write_page
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     with one_line_errors():
         if a.megabytes <= 0:
             raise UserError(f"--megabytes {a.megabytes:g}: must be more than 0")
-        write_report([a.run], out, a.megabytes)
+        write_page([a.run], out, a.megabytes)
     print(out)
 
 

@@ -19,6 +19,12 @@ from dmd_ds.report.samples import Videos, gather
 TEMPLATE = PACKAGE / "assets" / "report"
 SCRIPTS = ("dom.js", "charts.js", "videos.js", "facts.js", "page.js")
 MEGABYTES = 48  # of videos, in a page
+ON_A_GPU = "Measured is the most that the allocator gave out on the first rank, in any step or look."
+ON_THE_CPU = (
+    "Without an accelerator the whole process is measured: what it grew by since before there was a model, what libraries and the "
+    "allocator keep for themselves included. The plan counts tensors alone."
+)
+WITHOUT_VALIDATION = "The plan leaves out validation, whose autoencoder is not of Wan2.1's size."
 
 
 def tiles(run: RunFolder) -> list[dict[str, Any]]:
@@ -57,6 +63,7 @@ def memory(run: RunFolder) -> dict[str, Any] | None:
     start = run.starts[-1]
     first, plan = start["ranks"][0], start["planned"]
     on_gpu = first["device_memory_gb"] is not None
+    is_whole = not run.recipe.validation.every or any(phase.startswith("validation") for phase in plan["phases"])
     gb = {name: size / 1e9 for name, size in plan["always"].items()}
     top = {name: size / 1e9 for name, size in plan["phases"][plan["peak_phase"]].items()}
     return {
@@ -65,10 +72,7 @@ def memory(run: RunFolder) -> dict[str, Any] | None:
         "phase": plan["peak_phase"],
         "measured": measured if on_gpu else measured - first["resident_gb"],
         "device": first["device_memory_gb"],
-        "note": "Measured is the most that the allocator gave out on the first rank, in any step or look."
-        if on_gpu
-        else "Without an accelerator the whole process is measured: what it grew by since before there was a model, what libraries and "
-        "the allocator keep for themselves included. The plan counts tensors alone.",
+        "note": " ".join([ON_A_GPU if on_gpu else ON_THE_CPU, *([] if is_whole else [WITHOUT_VALIDATION])]),
     }
 
 
@@ -88,7 +92,7 @@ def facts(run: RunFolder) -> dict[str, list[list[str]]]:
         ["Started", ", ".join(f"{one['time']} at step {one['step']}" for one in run.starts[-3:])],
         ["Command", " ".join(start["command"])],
         *([line.partition(" ")[0].capitalize(), line.partition(" ")[2]] for line in start["summary"][:2]),
-        ["Sampling", start["summary"][-1]],
+        ["Job", start["summary"][-1]],
     ]
     return {"Machine": machine, "Versions": [[name, version] for name, version in start["versions"].items()]}
 
@@ -155,13 +159,15 @@ def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def write_report(folders: Sequence[Path], out: Path, megabytes: float = MEGABYTES) -> None:
-    """`UserError` for a folder that is not a run's, or one that is named twice."""
+def write_page(folders: Sequence[Path], out: Path, megabytes: float = MEGABYTES, title: str | None = None) -> None:
+    """`title`: of a run's page, in place of its folder's name. `UserError` for a folder that is no run's, or one that is named twice."""
     runs = [read_run(folder) for folder in folders]
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise UserError(f"{' '.join(map(str, folders))}: name each run once")
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         runs = [dataclasses.replace(run, name=f"{run.folder.resolve().parent.name}/{run.name}") for run in runs]
+    if title is not None:
+        runs = [dataclasses.replace(run, name=title) for run in runs]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, page(runs, megabytes))

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from dmd_ds.drift import LOOKS
 from dmd_ds.monitor import OF_THE_MACHINE
 from dmd_ds.report.runs import RunFolder
 from dmd_ds.validation import EMA, TEACHER, TRAINED, UNDISTILLED
@@ -35,6 +36,7 @@ TITLES = {
     "memory_gb": "Peak memory, GB",
 }
 FIRST = ("frechet", "both")  # of the quality panels
+SHARES = ("both", "color", "shape", "motion")  # of the videos, 0 to 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +51,16 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """`band`: values that are as they should be; `levels`: by name, a value to compare with; `percent`: how values are written."""
+    """`band`: values that are as they should be; `levels`: by name, a value to compare with; `limits`: values that the axis holds in
+    any case; `percent`: how values are written; `smooth`: whether they are noisy."""
 
     title: str
     series: list[Series]
     band: tuple[float, float] | None = None
     levels: dict[str, float] = dataclasses.field(default_factory=dict)
+    limits: tuple[float, float] | None = None
     percent: bool = False
+    smooth: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +96,13 @@ def names_of(runs: Sequence[RunFolder]) -> list[str]:
 def panel(runs: Sequence[RunFolder], name: str) -> Panel:
     """Of a number that is not validation's: a curve a run."""
     series = [Series(run.name, color, *thinned(column)) for color, run in enumerate(runs) if (column := run.column(name))]
-    return Panel(TITLES.get(name, name), series)
+    return Panel(TITLES.get(name, name), series, smooth=name not in OF_THE_MACHINE)
 
 
 def looked_at(runs: Sequence[RunFolder], what: str) -> Panel:
     """Of what validation measures: of one run the trained weights and their average, of several each one's student."""
     if len(runs) == 1:
-        names = {"average of the weights": EMA, "trained weights": TRAINED}
+        names = {"average": EMA, "trained weights": TRAINED}
         columns = {title: runs[0].column(f"validation/{weights}/{what}") for title, weights in names.items()}
     else:
         columns = {run.name: run.column(f"validation/{run.student}/{what}") for run in runs}
@@ -106,13 +111,14 @@ def looked_at(runs: Sequence[RunFolder], what: str) -> Panel:
     kept = next((run.kept for run in runs if run.kept), {})
     if what.startswith("drift"):
         width = runs[0].recipe.validation.drift_band
-        signed = any(value is not None and value < 0 for one in series for value in one.y)
-        band = (-width if signed else 0.0, width)
+        band = (-width if what.removeprefix("drift_") in LOOKS else 0.0, width)
     elif TEACHER in kept and what in kept[TEACHER]:
         levels = {"teacher": kept[TEACHER][what]}
     if UNDISTILLED in kept and what in kept[UNDISTILLED]:
         levels["undistilled"] = kept[UNDISTILLED][what]
-    return Panel(TITLES.get(what, what), series, band, {name: rounded(value) for name, value in levels.items()}, band is not None)
+    levels = {name: rounded(value) for name, value in levels.items()}
+    limits = (0.0, 1.0) if what in SHARES else None
+    return Panel(TITLES.get(what, what), series, band, levels, limits, percent=band is not None or what in SHARES)
 
 
 def groups(runs: Sequence[RunFolder]) -> list[Group]:
@@ -120,7 +126,8 @@ def groups(runs: Sequence[RunFolder]) -> list[Group]:
     names = names_of(runs)
     looked = list(dict.fromkeys(name.split("/", 2)[2] for name in names if name.startswith("validation/")))
     drifts = sorted((what for what in looked if what.startswith("drift")), key=lambda what: what != "drift")
-    qualities = sorted((what for what in looked if not what.startswith("drift")), key=lambda what: what not in FIRST)
+    qualities = [what for what in FIRST if what in looked]
+    qualities += [what for what in looked if not what.startswith("drift") and what not in FIRST]
     learning = [name for name in names if not name.startswith("validation/") and name not in OF_THE_MACHINE]
     found = [
         Group("Learning", "Loss and gradient norm of every step.", [panel(runs, name) for name in learning]),
@@ -131,6 +138,10 @@ def groups(runs: Sequence[RunFolder]) -> list[Group]:
             [looked_at(runs, what) for what in drifts],
         ),
         Group("Quality", "What the samples are worth, measured at every look.", [looked_at(runs, what) for what in qualities]),
-        Group("Machine", "Time and memory of the first rank.", [panel(runs, name) for name in OF_THE_MACHINE if name in names]),
+        Group(
+            "Time and memory",
+            "Of the first rank; looks and saves are part of their steps.",
+            [panel(runs, name) for name in OF_THE_MACHINE if name in names],
+        ),
     ]
     return [group for group in found if any(one.series for one in group.panels)]

@@ -1,6 +1,7 @@
 // Curves in SVG. All charts of the page share the steps that are in view, the cursor and the smoothing.
 
-const LEFT = 46, RIGHT = 10, TOP = 10, BOTTOM = 22, HEIGHT = 200;
+const LEFT = 48, RIGHT = 8, TOP = 10, BOTTOM = 22, HEIGHT = 200;
+const INSET = 5; // between the field's sides and the first and last step
 const FEW = 40; // points up to which each is marked and nothing is smoothed
 
 const view = { steps: [0, 1], all: [0, 1], smoothing: 0.6, logarithmic: false, charts: [], changed: () => {} };
@@ -73,7 +74,7 @@ class Chart {
   prepare() {
     const [from, to] = view.steps;
     this.curves = this.panel.series.map((one) => {
-      const smooth = one.x.length > FEW && view.smoothing > 0;
+      const smooth = this.panel.smooth && one.x.length > FEW && view.smoothing > 0;
       const values = smooth ? smoothed(one.y, view.smoothing) : one.y;
       let first = one.x.findIndex((step) => step >= from);
       if (first < 0) first = one.x.length;
@@ -83,9 +84,9 @@ class Chart {
     const seen = this.curves.flatMap((one) => [
       ...one.values.slice(one.first, one.end), ...(one.smooth ? ends(one.y.slice(one.first, one.end)) : []),
     ]);
-    const { band, levels } = this.panel;
-    const values = [...seen, ...Object.values(levels), ...(band ?? [])].filter((value) => value !== null);
-    this.logarithmic = view.logarithmic && !band && values.length > 0 && Math.min(...values) > 0;
+    const { band, levels, limits } = this.panel;
+    const values = [...seen, ...Object.values(levels), ...(band ?? []), ...(limits ?? [])].filter((value) => value !== null);
+    this.logarithmic = view.logarithmic && !band && !limits && values.length > 0 && Math.min(...values) > 0;
     let low = values.length ? Math.min(...values) : 0, high = values.length ? Math.max(...values) : 1;
     if (this.logarithmic) {
       [low, high] = low === high ? [low / 2, high * 2] : [low / (high / low) ** 0.05, high * (high / low) ** 0.05];
@@ -99,7 +100,7 @@ class Chart {
 
   x(step) {
     const [from, to] = view.steps;
-    return LEFT + ((step - from) / (to - from)) * (this.width - LEFT - RIGHT);
+    return LEFT + INSET + ((step - from) / (to - from)) * (this.width - LEFT - RIGHT - 2 * INSET);
   }
 
   y(value) {
@@ -140,7 +141,7 @@ class Chart {
     const marks = ticks(...view.steps, Math.max(2, Math.floor(width / 90))).filter(Number.isInteger);
     for (const step of marks) {
       const x = this.x(step);
-      const label = svg("text", { x, y: HEIGHT - 6, "text-anchor": x > right - 14 ? "end" : x < LEFT + 10 ? "start" : "middle" });
+      const label = svg("text", { x, y: HEIGHT - 6, "text-anchor": x > right - 16 ? "end" : "middle" });
       label.textContent = step.toLocaleString("en");
       nodes.push(label);
     }
@@ -193,7 +194,7 @@ class Chart {
     const stepAt = (event) => {
       const x = event.clientX - this.svg.getBoundingClientRect().left;
       const [from, to] = view.steps;
-      return from + Math.min(1, Math.max(0, (x - LEFT) / (this.width - LEFT - RIGHT))) * (to - from);
+      return from + Math.min(1, Math.max(0, (x - LEFT - INSET) / (this.width - LEFT - RIGHT - 2 * INSET))) * (to - from);
     };
     let begin = null;
     this.svg.addEventListener("pointerdown", (event) => {

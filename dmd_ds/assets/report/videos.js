@@ -31,7 +31,8 @@ class Samples {
     }));
     this.rows = el("div", { class: "rows" }, ...samples.prompts.map((prompt, row) => this.row(prompt, row)));
     this.rows.style.setProperty("--row", `${Math.max(300, 118 * columns)}px`);
-    this.rows.style.setProperty("--cell", columns > 3 ? "96px" : "80px");
+    this.rows.style.setProperty("--wide", Math.min(columns, 6));
+    this.rows.style.setProperty("--narrow", columns > 3 ? 2 : columns);
     this.node = el("div", {}, this.controls(), this.rows);
     this.change();
   }
@@ -109,7 +110,7 @@ class Samples {
 
   choice(names) {
     const titles = { ema: "Average", trained: "Trained weights" };
-    const buttons = names.map((name) => el("button", { "aria-pressed": name === this.weights, onclick: () => {
+    const buttons = names.map((name) => el("button", { "aria-pressed": String(name === this.weights), onclick: () => {
       this.weights = name;
       buttons.forEach((button, i) => button.setAttribute("aria-pressed", names[i] === name));
       this.change();
