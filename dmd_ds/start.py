@@ -86,16 +86,16 @@ def write_start(inputs: Inputs, prompt_tokens: int, mesh: Mesh) -> None:
     facts = mesh.all_gather_objects(rank_facts(mesh))
     if not mesh.is_first:
         return
-    plan = planned_memory(inputs, prompt_tokens, mesh.world_size)
+    plan = planned_memory(inputs, prompt_tokens, mesh.world_size) if inputs.recipe.stage == "dmd2" else None  # the planner knows no other
     line = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "step": inputs.first_step,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *(word for word in sys.argv[1:] if not word.startswith("--local_rank"))],
         "summary": inputs.summary().splitlines(),
         "split": {"data": mesh.data_size, "ulysses": mesh.ulysses, "ring": mesh.ring},
         "ranks": facts,
         "versions": versions(),
-        "planned": {"peak_phase": plan.peak_phase, "always": plan.always, "phases": plan.phases},
+        "planned": plan and {"peak_phase": plan.peak_phase, "always": plan.always, "phases": plan.phases},
     }
     with (Path(inputs.recipe.output_dir) / STARTS).open("a") as file:
         file.write(json.dumps(line) + "\n")

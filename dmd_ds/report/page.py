@@ -58,10 +58,9 @@ def duration(seconds: float) -> str:
 def memory(run: RunFolder) -> dict[str, Any] | None:
     """The plan of the last start, in GB by cause, and what was measured; None for a run without either."""
     measured = run.last("memory_gb")
-    if not run.starts or measured is None:
+    if not run.starts or run.starts[-1]["planned"] is None or measured is None:
         return None
-    start = run.starts[-1]
-    first, plan = start["ranks"][0], start["planned"]
+    first, plan = run.starts[-1]["ranks"][0], run.starts[-1]["planned"]
     on_gpu = first["device_memory_gb"] is not None
     is_whole = not run.recipe.validation.every or any(phase.startswith("validation") for phase in plan["phases"])
     gb = {name: size / 1e9 for name, size in plan["always"].items()}

@@ -138,7 +138,7 @@ class Chart {
       label.textContent = written(Math.abs(value) < 1e-12 ? 0 : value, this.panel.percent);
       nodes.push(label);
     }
-    const marks = ticks(...view.steps, Math.max(2, Math.floor(width / 90))).filter(Number.isInteger);
+    const marks = ticks(...view.steps, Math.max(3, Math.floor(width / 75))).filter(Number.isInteger);
     for (const step of marks) {
       const x = this.x(step);
       const label = svg("text", { x, y: HEIGHT - 6, "text-anchor": x > right - 16 ? "end" : "middle" });
@@ -185,9 +185,10 @@ class Chart {
     const lines = said.map(([curve, , value]) => el("div", {}, `${said.length > 1 ? `${curve.name}: ` : ""}${written(value, this.panel.percent)}`));
     this.tip.replaceChildren(el("div", {}, `step ${said[0][1].toLocaleString("en")}`), ...lines);
     this.tip.hidden = false;
-    const space = this.node.clientWidth, own = this.tip.offsetWidth, at = x + this.svg.offsetLeft;
-    this.tip.style.left = `${Math.max(4, at + 14 + own > space ? at - 14 - own : at + 14)}px`;
-    this.tip.style.top = `${this.svg.offsetTop + TOP}px`;
+    const card = this.node.getBoundingClientRect(), field = this.svg.getBoundingClientRect();
+    const own = this.tip.offsetWidth, at = x + field.left - card.left;
+    this.tip.style.left = `${Math.max(4, at + 14 + own > card.width ? at - 14 - own : at + 14)}px`;
+    this.tip.style.top = `${field.top - card.top + TOP}px`;
   }
 
   listen() {
