@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import reprlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,6 +21,7 @@ SHORT.maxdict = SHORT.maxlist = SHORT.maxtuple = 16
 SHORT.maxstring = SHORT.maxother = 200
 SHORT.maxlevel = 3
 REPOSITORY = PACKAGE.parent
+INSTALLED = Path(sys.prefix) / "share" / "dmd_ds"  # where `pip install .` puts ds_configs
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -388,7 +390,7 @@ def find_file(key: str, path: str) -> Path:
 
 
 def find_ds_config(key: str, path: str) -> Path:
-    for file in (Path(path), REPOSITORY / path):
+    for file in (Path(path), REPOSITORY / path, INSTALLED / path):
         if os.path.isfile(file):
             return file
     raise UserError(f"{key}={path}: no such file")

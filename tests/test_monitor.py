@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dmd_ds.errors import UserError
-from dmd_ds.monitor import Monitor, log_of_other_ranks
+from dmd_ds.monitor import Monitor
 from dmd_ds.progress import Progress
 from dmd_ds.recipe import REPOSITORY, load_recipe
 from dmd_ds.trackers import check_trackers

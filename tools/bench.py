@@ -228,7 +228,7 @@ def table(rows: list[dict[str, float]]) -> str:
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("part", choices=["sp", "load"])
+    parser.add_argument("part", choices=["sp", "load"], help="what is measured")
     parser.add_argument("--tokens", type=int, default=1280, help="of sp")
     parser.add_argument("--model", choices=PUBLISHED, default="1.3b", help="of load: its random weights are written to a temporary folder")
     parser.add_argument("--ranks", type=int, default=2, help="of load")

@@ -87,8 +87,8 @@ def write(folder: Path, config: dict, names: dict[str, str], specs: dict[str, Sp
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("source", type=Path, metavar="SRC")
-    parser.add_argument("out", type=Path, metavar="DST")
+    parser.add_argument("source", type=Path, metavar="SRC", help="the folder to convert, of either kind")
+    parser.add_argument("out", type=Path, metavar="DST", help="the folder that is made")
     parser.add_argument("--fold-guidance", type=float, metavar="W", help="the guidance that a guidance-embedded model is fixed to")
     a = parser.parse_args()
     with one_line_errors():

@@ -200,7 +200,7 @@ def demo(out: Path, prompt_count: int, clips_a_caption: int, overrides: list[str
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="the folder that is made (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=2 * len(moving_shapes.CAPTIONS), help="judged videos a model (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=2, help="clips a caption (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe `tiny`")

@@ -126,11 +126,11 @@ def encode_videos(source: Path, out: Path, model: Path, sizes: list[VideoSize], 
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("clips", type=Path, metavar="CLIPS")
-    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("clips", type=Path, metavar="CLIPS", help="videos with their captions, in one of the three forms")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the dataset's folder")
     parser.add_argument("--model", default="tiny-wan", help="diffusers Wan folder, or the name of a shipped one (default: %(default)s)")
     parser.add_argument("--sizes", nargs="+", default=["81x480x832"], metavar="FRAMESxHEIGHTxWIDTH", help="(default: 81x480x832)")
-    parser.add_argument("--fps", type=float, default=16)
+    parser.add_argument("--fps", type=float, default=16, help="frames a second that are taken of a clip (default: %(default)s)")
     parser.add_argument("--negative-prompt", default="", help="what guidance pushes away from (default: empty)")
     a = parser.parse_args()
     with one_line_errors():

@@ -40,8 +40,8 @@ SIZE = ("frames", "height", "width")
 
 def parse() -> argparse.Namespace:
     parser = command_parser(__doc__)
-    parser.add_argument("models", metavar="STUDENT", nargs="+")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("models", metavar="STUDENT", nargs="+", help="a pipeline, a run or a checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for what is found")
     parser.add_argument("--teacher", help="folder or name of the model they come from")
     parser.add_argument("--teacher-guidance", type=float, metavar="W", help="default: what its folder says, else Wan2.1's own")
     parser.add_argument("--steps", type=int, nargs="+", metavar="N", help="default: each student's own")

@@ -23,8 +23,8 @@ FORMATS = {"diffusers": to_diffusers, "wan": to_wan, "comfyui": to_comfyui}
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints")
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--format", choices=[*FORMATS, "lora"], default="diffusers")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder that is made")
+    parser.add_argument("--format", choices=[*FORMATS, "lora"], default="diffusers", help="(default: %(default)s)")
     parser.add_argument("--rank", type=int, help="of the LoRA of a generator that was trained whole (default: 64)")
     parser.add_argument("--fold-guidance", type=float, metavar="W", help="the guidance that a guidance-embedded student is fixed to")
     parser.add_argument("--model", help="the base model's folder, where it is not at the recipe's model.path any more")

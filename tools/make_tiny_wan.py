@@ -336,9 +336,9 @@ STAGES = {"vae": train_vae, "decoder": train_decoder, "denoiser": train_denoiser
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", choices=STAGES, help="what is made, in this order")
     parser.add_argument("--work", type=Path, default=Path("outputs/tiny-wan"), help="folder of the results (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of every draw (default: %(default)s)")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     STAGES[arguments.stage](arguments.work, arguments.seed)

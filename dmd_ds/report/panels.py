@@ -70,8 +70,8 @@ class Group:
     panels: list[Panel]
 
 
-def rounded(value: float | None) -> float | None:
-    return value if value is None else float(f"{value:.5g}")
+def rounded(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def thinned(column: dict[int, float | None], most: int = MOST_POINTS) -> tuple[list[int], list[float | None]]:
@@ -85,7 +85,7 @@ def thinned(column: dict[int, float | None], most: int = MOST_POINTS) -> tuple[l
             known = [point for point in part if point[1] is not None] or part[:1]
             kept += sorted({min(known, key=lambda point: point[1] or 0), max(known, key=lambda point: point[1] or 0)})
         points = kept
-    return [step for step, _ in points], [rounded(value) for _, value in points]
+    return [step for step, _ in points], [value if value is None else rounded(value) for _, value in points]
 
 
 def names_of(runs: Sequence[RunFolder]) -> list[str]:
