@@ -21,7 +21,7 @@ slow: .venv/installed
 
 .venv/installed: requirements.txt requirements-test.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q -e .
 	$(BIN)/pip install -q -r requirements-test.txt
 	touch $@
 

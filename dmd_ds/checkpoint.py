@@ -42,6 +42,7 @@ UNFINISHED = ".unfinished"
 MAY_CHANGE = {
     "output_dir", "max_steps", "max_hours", "save_every", "keep_checkpoints", "keep_every", "background_save", "max_skipped_updates",
     "activation_checkpointing", "activation_offload", "data.batch_size", "data.accumulation", "generator.ds_config", "fake_score.ds_config",
+    "trackers",
 }  # fmt: skip
 MAY_CHANGE_IN = ("validation.", "parallel.")
 

@@ -16,6 +16,7 @@ from dmd_ds.planner.sizes import ModelSize
 from dmd_ds.recipe import Optimizer, Recipe
 from dmd_ds.rewards import check_rewards
 from dmd_ds.sampler import few_step_schedule
+from dmd_ds.trackers import check_trackers
 from dmd_ds.validation import check_validation
 from dmd_ds.wan.autoencoder import TIME_STRIDE, latents_shape
 from dmd_ds.wan.denoiser import TEXT_TOKENS
@@ -92,6 +93,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
             f"score.sigma_max={recipe.score.sigma_max} is below {second:.3f}, the second noise level of sampling, from which on "
             "score.above_exit draws; raise it or let the second level be lower"
         )
+    check_trackers(recipe)
     model = find_model(recipe.model.path)
     config = transformer_config(model)
     stored = has_guidance_embedding(transformer_tensors(model))

@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import reprlib
+import sys
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -23,6 +24,7 @@ SHORT.maxdict = SHORT.maxlist = SHORT.maxtuple = 16
 SHORT.maxstring = SHORT.maxother = 200
 SHORT.maxlevel = 3
 REPOSITORY = PACKAGE.parent
+INSTALLED = Path(sys.prefix) / "share" / "dmd_ds"  # where `pip install .` puts ds_configs
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
 
@@ -180,6 +182,9 @@ class Recipe(Section):
     keep_checkpoints: Positive | None = Field(None, description="the newest so many stay, and the best; null: all")
     keep_every: Positive | None = Field(None, description="with keep_checkpoints: those of every so many steps stay too")
     background_save: bool = Field(False, description="training waits for a copy in the host's memory and not for the disk")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        ("tensorboard",), description="where numbers go beside metrics.jsonl; keys of services stay in the environment"
+    )
     seed: Seed = 0
     activation_checkpointing: bool = True
     activation_offload: bool = Field(False, description="what checkpointing keeps, each block's input, is kept in the host's memory")
@@ -261,6 +266,13 @@ class Recipe(Section):
 
 def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in (PACKAGE / "recipes").glob("*.yaml"))
+
+
+def described_recipes() -> str:
+    """A line a shipped recipe: its name, and what the first line of its file says."""
+    width = max(map(len, shipped_recipes()))
+    firsts = {name: read_text(PACKAGE / "recipes" / f"{name}.yaml").splitlines()[0] for name in shipped_recipes()}
+    return "\n".join(f"{name:{width}}  {first.removeprefix('#').strip()}" for name, first in firsts.items())
 
 
 def find_recipe(name: str) -> Path:
@@ -373,7 +385,7 @@ def find_file(key: str, path: str) -> Path:
 
 
 def find_ds_config(key: str, path: str) -> Path:
-    for file in (Path(path), REPOSITORY / path):
+    for file in (Path(path), REPOSITORY / path, INSTALLED / path):
         if os.path.isfile(file):
             return file
     raise UserError(f"{key}={path}: no such file")

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Distils a Wan2.1 video model with DMD2.
 
-    deepspeed --hostfile hostfiles/8node dmd_ds/train.py [RECIPE] [key=value ...] [--dry-run]
+    python dmd_ds/train.py tiny output_dir=outputs/tiny generator.lr=1e-5      # one rank; --dry-run builds nothing
+    deepspeed --hostfile hostfiles/8node dmd_ds/train.py t2v_14b_480p model.path=... data.path=...
 
 RECIPE is a recipe that ships or a YAML file. Without one: Wan2.1 T2V 14B at 480p where there is an accelerator, `tiny` where
 there is none. The same command goes on where a run stopped.
@@ -13,20 +14,19 @@ from pathlib import Path
 
 import torch
 
+from dmd_ds.commands import command_parser
 from dmd_ds.errors import one_line_errors
 from dmd_ds.inputs import check_inputs
+from dmd_ds.monitor import log_of_other_ranks
 from dmd_ds.parallel.mesh import joined
-from dmd_ds.recipe import load_recipe, shipped_recipes
+from dmd_ds.recipe import described_recipes, load_recipe
 from dmd_ds.stopping import alone_in
 from dmd_ds.trainer import Trainer
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"recipes that ship: {', '.join(shipped_recipes())}",
-    )
+    parser = command_parser(__doc__, epilog="keys and their meaning: dmd_ds/recipe.py, or a recipe that ships in dmd_ds/recipes")
+    parser.add_argument("--list-recipes", action="version", version=described_recipes(), help="list the recipes that ship, and exit")
     parser.add_argument("recipe", nargs="?", help="a shipped recipe's name or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. generator.lr=1e-6 max_steps=500")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, build nothing")
@@ -51,7 +51,8 @@ def main() -> None:
         if speaks:
             print(inputs.summary(), flush=True)
         if not arguments.dry_run:
-            with joined(inputs.recipe.parallel) as mesh, alone_in(Path(inputs.recipe.output_dir), mesh):
+            run = Path(inputs.recipe.output_dir)
+            with joined(inputs.recipe.parallel) as mesh, alone_in(run, mesh), log_of_other_ranks(run, mesh.rank):
                 Trainer(inputs, mesh).train()
 
 

@@ -20,6 +20,7 @@ from dmd_ds.parallel.mesh import Mesh
 from dmd_ds.parallel.state import EngineState
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import dump_recipe
+from dmd_ds.start import write_start
 from dmd_ds.stopping import Stopping
 from dmd_ds.validation import Validation
 from dmd_ds.wan.image import condition_of
@@ -36,6 +37,9 @@ class Trainer:
             raise UserError(f"output_dir={recipe.output_dir}: the nodes see different checkpoints there; it must be one folder for all")
         self.dataset = inputs.dataset
         self.prompt_tokens = padded_tokens(self.dataset.most_prompt_tokens, training_dtype())
+        if self.mesh.is_first:
+            self.run.mkdir(parents=True, exist_ok=True)
+        write_start(inputs, self.prompt_tokens, mesh)
         global_batch_size = recipe.global_batch_size(self.mesh.world_size)
         randomness = Randomness(recipe.seed)
         if recipe.data.sizes:
@@ -61,13 +65,12 @@ class Trainer:
         if inputs.resume_from:
             self.checkpoints.load(inputs.resume_from)
         if self.mesh.is_first:
-            self.run.mkdir(parents=True, exist_ok=True)
             checkpoint.write_whole(self.run / "recipe.yaml", dump_recipe(recipe))
         if self.validation and recipe.validation.teacher_steps:
             self.validation.meet_teacher(teacher)
         self.best_score = checkpoint.best_score(self.run, recipe)
         self.skipped = SkippedUpdates(self.run, recipe.max_skipped_updates, self.mesh.rank)
-        self.monitor = Monitor(self.run, self.first_step, recipe.max_steps, writes=self.mesh.is_first)
+        self.monitor = Monitor(self.run, recipe, self.first_step, writes=self.mesh.is_first)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's part of the step's global batch, a batch a backward pass."""
@@ -141,8 +144,11 @@ class Trainer:
 
     def over_ranks(self, metrics: Metrics, *flags: bool) -> tuple[dict[str, float], *tuple[int, ...]]:
         """Means of the ranks' numbers, and on how many of them each flag stands: one collective and one synchronisation."""
-        numbers = [torch.as_tensor(value, device=self.mesh.device).float() for value in metrics.values()]
-        sums = torch.stack([*numbers, *(torch.tensor(float(flag), device=self.mesh.device) for flag in flags)])
+
+        def there(value: torch.Tensor | float) -> torch.Tensor:  # of a plain number `full` makes one without a wait, `tensor` with one
+            return value.float() if isinstance(value, torch.Tensor) else torch.full((), float(value), device=self.mesh.device)
+
+        sums = torch.stack([there(value) for value in (*metrics.values(), *flags)])
         dist.all_reduce(sums)
         *sums, = sums.tolist()
         means = {name: total / self.mesh.world_size for name, total in zip(metrics, sums, strict=False)}

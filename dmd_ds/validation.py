@@ -1,4 +1,5 @@
-"""Looks at the generator while it trains: fixed prompts and noise, trained weights and their average, beside the teacher.
+"""Looks at the generator while it trains: fixed prompts and noise, trained weights and their average, beside the teacher and
+the undistilled model.
 
 Writes mp4 files and a contact sheet, and returns numbers: the judge's where the data is of moving shapes, the Fréchet distance
 to a kept reference where there is one, and how far the videos have drifted from the teacher's own of the same prompts and noise.
@@ -31,8 +32,9 @@ from dmd_ds.sampler import Velocity, few_step_schedule, few_step_x0, guided, sch
 from dmd_ds.wan.autoencoder import decode, load_autoencoder
 from dmd_ds.wan.image import condition_of
 
-TRAINED, EMA, TEACHER = "trained", "ema", "teacher"
+TRAINED, EMA, TEACHER, UNDISTILLED = "trained", "ema", "teacher", "undistilled"
 TEACHER_FILE = "measures.json"
+PROMPTS_FILE = "prompts.json"  # of the videos that are shown, in their order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +104,9 @@ class Validation:
         self.reference_NF = None
         if self.settings.reference is not None:
             self.reference_NF = moving_shapes.read_features(find_file("validation.reference", self.settings.reference))
-        self.teacher_folder = Path(recipe.output_dir) / "samples" / TEACHER
+        self.folder = Path(recipe.output_dir) / "samples"
         self.teacher: Measures | None = None
+        self.kept: list[str] = []  # whose videos lie beside the student's
 
     # ---- sampling: every rank makes the same number of forwards ----
 
@@ -159,6 +162,15 @@ class Validation:
 
         return latents
 
+    def by_undistilled(self, score_model: nn.Module) -> Callable[[Batch], torch.Tensor]:
+        """By the same base, sampled as the generator is: what the generator makes before its first step."""
+
+        def latents(part: Batch) -> torch.Tensor:
+            field = part.real_velocity_of(score_model)
+            return few_step_x0(field, lambda k: self.noise(part, k), self.schedule, self.schedule.steps - 1)
+
+        return latents
+
     @torch.no_grad()
     def see(self, latents: Callable[[Batch], torch.Tensor]) -> list[Seen]:
         """All the videos in order on the first rank, nothing elsewhere; every rank calls it."""
@@ -183,12 +195,13 @@ class Validation:
             video_THW3 if place < self.settings.shown else None,
         )
 
-    # ---- the teacher, once a run ----
+    # ---- the teacher and the undistilled model, once a run ----
 
     def meet_teacher(self, model: nn.Module) -> None:
-        """Measures the teacher's videos, or reads what was measured before; every rank calls it, before the first look.
+        """Makes and measures the teacher's videos and the undistilled model's, or reads what was measured before.
 
-        Rewards have no teacher: what the generator made without its adapter takes that place.
+        Every rank calls it, before the first look. Rewards have no teacher: what the generator made without its adapter takes
+        that place.
         """
         made_for = {
             "model": self.recipe.model.path,
@@ -196,27 +209,34 @@ class Validation:
             "seed": self.recipe.seed,
             "guidance": self.recipe.score.guidance,
             "video": self.video,
+            "sampling": self.recipe.sampling.model_dump(mode="json"),
             **self.settings.model_dump(include={"prompts", "shown", "teacher_steps"}),
         }
-        file = self.teacher_folder / TEACHER_FILE
+        file = self.folder / TEACHER / TEACHER_FILE
         kept = read_json(file) if self.mesh.is_first and file.is_file() else None
         kept = self.mesh.all_gather_objects(kept)[0]  # what the first rank sees, all go by
         if kept is None or kept["made_for"] != made_for:
-            seen = self.see(self.by_start(model) if self.recipe.stage == "reward" else self.by_teacher(model))
+            seen = {TEACHER: self.see(self.by_start(model) if self.recipe.stage == "reward" else self.by_teacher(model))}
+            if self.recipe.stage in ("dmd2", "regression"):
+                seen[UNDISTILLED] = self.see(self.by_undistilled(model))
             if self.mesh.is_first:
-                self.teacher_folder.mkdir(parents=True, exist_ok=True)
-                for place, video in enumerate(shown(seen)):
-                    write_video(self.teacher_folder / f"{place:03d}.mp4", video, self.dataset.fps)
-                kept = {"made_for": made_for, "measures": dataclasses.asdict(mean_of([one.measures for one in seen]))}
+                for name, videos in seen.items():
+                    (self.folder / name).mkdir(parents=True, exist_ok=True)
+                    for place, video in enumerate(shown(videos)):
+                        write_video(self.folder / name / f"{place:03d}.mp4", video, self.dataset.fps)
+                teacher = mean_of([one.measures for one in seen[TEACHER]])
+                numbers = {name: self.numbers_of(videos, teacher) for name, videos in seen.items()}
+                kept = {"made_for": made_for, "measures": dataclasses.asdict(teacher), "numbers": numbers}
                 write_whole(file, json.dumps(kept, indent=1) + "\n")
             kept = self.mesh.all_gather_objects(kept)[0]
+        self.kept = list(kept["numbers"])
         self.teacher = Measures(**{name: tuple(m) if isinstance(m, list) else m for name, m in kept["measures"].items()})
 
-    def teachers_videos(self) -> list[np.ndarray]:
-        """Those that are shown, as their files have them."""
+    def kept_videos(self, name: str) -> list[np.ndarray]:
+        """The teacher's or the undistilled model's that are shown, as their files have them."""
         frames, height, width = (int(self.video[key]) for key in ("frames", "height", "width"))
         count = min(self.settings.shown, len(self.chosen))
-        files = [self.teacher_folder / f"{place:03d}.mp4" for place in range(count)]
+        files = [self.folder / name / f"{place:03d}.mp4" for place in range(count)]
         return [read_video(file, frames, height, width, self.dataset.fps) for file in files]
 
     # ---- a look ----
@@ -237,27 +257,35 @@ class Validation:
         """The student is the average where there is one: it is watched, and by it checkpoints are compared."""
         numbers, warnings, score = {}, [], None
         for name, videos in seen.items():
-            found: dict[str, float] = {}
-            if self.judges:
-                found |= moving_shapes.score([one.verdict for one in videos], self.captions)
+            found = self.numbers_of(videos, self.teacher)
             if self.teacher:
-                off = deviations(mean_of([one.measures for one in videos]), self.teacher)
-                found |= {f"drift_{what}": share for what, share in off.items()} | {"drift": drift(off)}
+                off = {what.removeprefix("drift_"): share for what, share in found.items() if what.startswith("drift_")}
                 left = outside(off, self.settings.drift_band)
                 warnings = [f"{what} of the {name} weights' videos is {share:+.0%} off the teacher's" for what, share in left.items()]
-                score = found["drift"]
-            if self.reference_NF is not None:
-                found["frechet"] = score = moving_shapes.frechet_distance(np.stack([one.features_F for one in videos]), self.reference_NF)
-            numbers |= {f"validation/{name}/{what}": float(number) for what, number in found.items()}
+            score = found.get("frechet", found.get("drift"))
+            numbers |= {f"validation/{name}/{what}": number for what, number in found.items()}
         warnings = [f"{warning}, validation.drift_band is {self.settings.drift_band:.0%}" for warning in warnings]
         return Look(numbers, warnings, score if self.settings.keep_best else None)
 
+    def numbers_of(self, videos: list[Seen], teacher: Measures | None) -> dict[str, float]:
+        """What is measured of a set of videos; `teacher`: what the drift is from."""
+        found: dict[str, float] = {}
+        if self.judges:
+            found |= moving_shapes.score([one.verdict for one in videos], self.captions)
+        if teacher:
+            off = deviations(mean_of([one.measures for one in videos]), teacher)
+            found |= {f"drift_{what}": share for what, share in off.items()} | {"drift": drift(off)}
+        if self.reference_NF is not None:
+            found["frechet"] = moving_shapes.frechet_distance(np.stack([one.features_F for one in videos]), self.reference_NF)
+        return {what: float(number) for what, number in found.items()}
+
     def show(self, seen: dict[str, list[Seen]], folder: Path) -> None:
-        columns = {TEACHER: self.teachers_videos()} if self.teacher else {}
+        columns = {name: self.kept_videos(name) for name in self.kept}
         columns |= {name: shown(videos) for name, videos in seen.items()}
         if not columns[TRAINED]:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / PROMPTS_FILE, json.dumps(self.captions[: len(columns[TRAINED])], indent=1) + "\n")
         for name in seen:
             for place, video in enumerate(columns[name]):
                 write_video(folder / f"{place:03d}_{name}.mp4", video, self.dataset.fps)

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Makes videos from a file of prompts, and of images where the model takes them.
+"""Makes videos from a prompt or a file of prompts, and of images where the model takes them.
 
+    python inference/generate.py --model outputs/demo/student --prompt "a red circle moving sideways" --out videos
     python inference/generate.py --model outputs/demo/student --prompts prompts.txt --out videos [--seed N]
     python inference/generate.py --model STUDENT --prompts prompts.txt --image first_frame.png --out videos
     python inference/generate.py --model outputs/tiny_reward --lora-scale 0.5 ...    # a checkpoint, with half of its adapter
@@ -8,7 +9,7 @@
 
 Prompts are lines of a .txt, or of a .jsonl: {"prompt": "...", "image": "a.png", "seed": 7}. Sample i has the seed N + i and
 the image of --image unless its line names one; images are relative to the .jsonl, scaled and cropped. A second run skips what
-is finished; manifest.jsonl says which file holds what.
+is finished; manifest.jsonl says which file holds what, contact_sheet.png shows the first of them.
 """
 
 import argparse
@@ -18,10 +19,12 @@ import json
 import re
 from pathlib import Path
 
+import imageio.v3 as iio
 from tqdm import tqdm
 
 from dmd_ds.checkpoint import write_whole
-from dmd_ds.data.video import read_image, write_video
+from dmd_ds.commands import command_parser
+from dmd_ds.data.video import contact_sheet, read_image, read_video, write_video
 from dmd_ds.errors import UserError, one_line_errors, read_jsonl, read_text
 from dmd_ds.generation import Settings, VideoModel, inference_dtype
 from dmd_ds.parallel.attention import SequenceParallel
@@ -32,6 +35,8 @@ from dmd_ds.wan.autoencoder import decode
 from dmd_ds.wan.weights import takes_image, transformer_config
 
 GIVEN = {"steps": int, "guidance": float, "frames": int, "height": int, "width": int, "fps": float}  # options that override a model's own
+ON_THE_SHEET = 16  # videos of a contact sheet
+SHEET_WIDTH = 256  # pixels of a frame there, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +120,15 @@ def generate(
         shared = {"model": str(model.folder), "negative_prompt": negative_prompt, **settings.model_dump()}
         records = {name: {"file": name, **job.record(), **shared} for name, job in zip(names, jobs, strict=True)}
         write_manifest(out / "manifest.jsonl", records)
+        write_contact_sheet(out / "contact_sheet.png", [out / name for name in names[:ON_THE_SHEET]], settings)
     return len(todo)
+
+
+def write_contact_sheet(sheet: Path, files: list[Path], settings: Settings) -> None:
+    """Frames of the videos, a line each, small."""
+    every = max(1, round(settings.width / SHEET_WIDTH))
+    videos = [read_video(file, settings.frames, settings.height, settings.width, settings.fps)[:, ::every, ::every] for file in files]
+    iio.imwrite(sheet, contact_sheet([[video] for video in videos]))
 
 
 def write_manifest(manifest: Path, by_file: dict[str, dict]) -> None:
@@ -129,15 +142,17 @@ def write_manifest(manifest: Path, by_file: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--model", required=True, help="diffusers Wan folder, the name of a shipped one, a run or a checkpoint")
     parser.add_argument("--lora-scale", type=float, metavar="S", help="of a checkpoint's adapter, where it was trained as LoRA")
-    parser.add_argument("--prompts", required=True, type=Path)
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", help="one prompt")
+    prompts.add_argument("--prompts", metavar="FILE", type=Path, help="a .txt or .jsonl of prompts")
     parser.add_argument("--image", type=Path, help="the first frame, for an image-to-video model")
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--out", required=True, type=Path, help="the folder for the videos")
+    parser.add_argument("--seed", type=int, default=0, help="of the first video; the next has the next (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, help="videos a rank makes at once (default: %(default)s)")
+    parser.add_argument("--negative-prompt", default="", help="what guidance leads away from (default: nothing)")
     parser.add_argument("--ulysses", type=int, default=1, help="ranks that share each video by attention heads")
     parser.add_argument("--ring", type=int, default=1, help="times so many that pass keys and values around")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
@@ -148,7 +163,7 @@ def main() -> None:
         for name in ("batch_size", "ulysses", "ring"):
             if getattr(a, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be at least 1")
-        jobs = read_jobs(a.prompts, a.seed, a.image)
+        jobs = [Job(a.prompt, a.seed, a.image)] if a.prompts is None else read_jobs(a.prompts, a.seed, a.image)
         parallel = Parallel(ulysses=a.ulysses, ring=a.ring)
         source = find_source(a.model, lora_scale=a.lora_scale)
         config = transformer_config(source.folder)

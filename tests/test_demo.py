@@ -28,6 +28,8 @@ def test_the_demo_runs_from_mp4_files_to_a_judged_student_and_again_fast(tmp_pat
     assert len(list((out / "samples").glob("*.mp4"))) == 24
     assert iio.imread(out / "samples" / "contact_sheet.png").shape[1] > 3 * 5 * 64
     WanPipeline.from_pretrained(out / "student")
+    assert done.stdout.splitlines()[-1].strip() == str(out / "report.html")
+    assert "<title>demo</title>" in (out / "report.html").read_text()
 
     trained_at = (out / "run" / "metrics.jsonl").stat().st_mtime_ns
     again = subprocess.run([*command, *overrides], cwd=REPOSITORY, capture_output=True, text=True, stdin=subprocess.DEVNULL)

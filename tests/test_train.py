@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from dmd_ds import __version__
 from dmd_ds.checkpoint import State
 from dmd_ds.errors import UserError
 from dmd_ds.inputs import check_inputs
-from dmd_ds.recipe import PACKAGE, REPOSITORY, dump_recipe
+from dmd_ds.recipe import PACKAGE, REPOSITORY, dump_recipe, shipped_recipes
 from tests.mini import IMAGE_EMBEDS_SHAPE, make_dataset, make_recipe
 
 SECRET = "a-key-that-stays-in-the-environment"
@@ -38,6 +39,13 @@ def test_without_a_recipe_and_an_accelerator_it_is_tiny_and_says_why(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_recipes_that_ship_are_listed_and_the_version_is_told():
+    listed = train("--list-recipes")
+    assert listed.returncode == 0 and [line.split()[0] for line in listed.stdout.splitlines()] == shipped_recipes()
+    assert "tiny " in listed.stdout and "The embedded world" in listed.stdout
+    assert train("--version").stdout == f"dmd_ds {__version__}\n"
+
+
 def test_the_launcher_with_the_local_hostfile_trains_and_the_same_command_resumes(world):
     recipe = make_recipe(world, output_dir=str(world / "launched"), max_steps=1, data={"batch_size": 1})
     (world / "launched.yaml").write_text(dump_recipe(recipe))
@@ -53,6 +61,8 @@ def test_the_launcher_with_the_local_hostfile_trains_and_the_same_command_resume
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all({"loss/fake_score", "grad_norm/fake_score", "seconds"} <= line.keys() for line in lines)
     assert ["loss/dm" in line for line in lines] == ["grad_norm/generator" in line for line in lines] == [True, False, True]
+    assert [line["step"] for line in map(json.loads, (world / "launched" / "starts.jsonl").read_text().splitlines())] == [0, 1]
+    assert (world / "launched" / "logs" / "rank_00001.log").is_file() and "step 3/3" in again.stderr
     written = [path for path in (world / "launched").rglob("*") if path.is_file()]
     assert len(written) > 5 and not [path for path in written if SECRET.encode() in path.read_bytes()]
     assert not any(SECRET in text for run in (first, again) for text in (run.stdout, run.stderr))

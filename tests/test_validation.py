@@ -67,6 +67,22 @@ def test_only_those_that_are_shown_become_files(run):
     names = sorted(path.name for path in (folder / "samples" / "step_000001").iterdir())
     assert names == ["000_ema.mp4", "000_trained.mp4", "001_ema.mp4", "001_trained.mp4", "contact_sheet.png"]
     assert sorted(path.name for path in (folder / "samples" / "teacher").iterdir()) == ["000.mp4", "001.mp4", "measures.json"]
+    assert sorted(path.name for path in (folder / "samples" / "undistilled").iterdir()) == ["000.mp4", "001.mp4"]
+    prompts = json.loads((folder / "samples" / "prompts.json").read_text())
+    assert prompts == [str(caption) for caption in moving_shapes.CAPTIONS[:1] * 2]
+
+
+def test_the_undistilled_model_is_what_the_generator_was_before_its_first_step(world):
+    recipe = recipe_of(world, "unmoved")
+    recipe = recipe.model_copy(update={"max_steps": 1, "generator": recipe.generator.model_copy(update={"lr": 1e-12})})
+    (line,) = train(recipe, ranks=1)
+    numbers = json.loads((world / "unmoved" / "samples" / "teacher" / "measures.json").read_text())["numbers"]
+    assert numbers["teacher"]["drift"] == 0 and numbers["undistilled"]["drift"] > 0
+    for what, number in numbers["undistilled"].items():
+        assert line[f"validation/trained/{what}"] == pytest.approx(number, rel=1e-4, abs=1e-6), what
+    (start,) = [json.loads(text) for text in (world / "unmoved" / "starts.jsonl").read_text().splitlines()]
+    assert start["step"] == 0 and start["versions"]["deepspeed"] and start["ranks"][0]["cores"] >= 1
+    assert sum(start["planned"]["always"].values()) > 4 * 3 * 1000  # it has some thousand weights, with moments
 
 
 def test_what_leaves_the_band_is_warned_of_by_name(run):

@@ -23,6 +23,7 @@ from typing import Any
 from dmd_ds.bench import data, gather, infer, load, memory, scale, sequence, step
 from dmd_ds.bench.world import World
 from dmd_ds.checkpoint import write_whole
+from dmd_ds.commands import command_parser
 from dmd_ds.errors import UserError, one_line_errors
 from dmd_ds.planner.sizes import PUBLISHED
 
@@ -58,7 +59,7 @@ def run(name: str, a: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("part", choices=[*PARTS, "all"])
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="where the numbers go (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="of step and infer (default: %(default)s)")

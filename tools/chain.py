@@ -13,7 +13,6 @@ A chain is one that ships in tools/chains or a YAML file, a list of stages:
 wanted. The same command goes on where it stopped. key=value on the command line are of every stage.
 """
 
-import argparse
 import shlex
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dmd_ds import checkpoint
+from dmd_ds.commands import command_parser
 from dmd_ds.errors import RunError, UserError, one_line_errors, read_text
 from dmd_ds.export import find_student, to_diffusers
 from dmd_ds.recipe import REPOSITORY, Recipe, load_recipe, nearest, parse_yaml, validated
@@ -99,7 +99,7 @@ def evaluate(step: Step, prompts: int, teacher: str | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("chain", help=f"one that ships ({', '.join(sorted(p.stem for p in CHAINS.glob('*.yaml')))}) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipes of all stages")
     parser.add_argument("--out", type=Path, required=True)

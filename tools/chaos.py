@@ -9,7 +9,6 @@ step, and every number that was logged is compared with the undisturbed run's. P
 with an exit code that is not 0 unless all of them are equal.
 """
 
-import argparse
 import json
 import random
 import shutil
@@ -25,7 +24,9 @@ import psutil
 
 from dmd_ds import checkpoint
 from dmd_ds.checkpoint import write_whole
+from dmd_ds.commands import command_parser
 from dmd_ds.errors import RunError, UserError, one_line_errors
+from dmd_ds.monitor import OF_THE_MACHINE
 from dmd_ds.recipe import REPOSITORY
 
 WHO = ("a rank", "all ranks", "the launcher")
@@ -111,9 +112,9 @@ def disturb(job: Job, who: str, when: str, rng: random.Random) -> None:
 
 
 def numbers(run: Path) -> list[dict[str, float]]:
-    """What was logged, but for the time it took."""
+    """What was logged, but for what the machine took to it."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in OF_THE_MACHINE} for line in lines]
 
 
 def one_run(run: Path, ranks: int, undisturbed: list[dict], number: int, seed: int) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def chaos(out: Path, runs: int, ranks: int, seed: int) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--runs", type=int, default=20, help="9 see every kind of kill at every moment (default: 20)")
     parser.add_argument("--ranks", type=int, default=2, help="of each run (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")

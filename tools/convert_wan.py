@@ -9,12 +9,12 @@ The denoiser is converted, a tensor at a time and in its own types: config.json 
 the original's side, transformer/ on diffusers'. --fold-guidance makes a stock Wan2.1 of a guidance-embedded one.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
 
+from dmd_ds.commands import command_parser
 from dmd_ds.errors import UserError, one_line_errors, read_json
 from dmd_ds.export import whole_folder
 from dmd_ds.wan import original
@@ -86,9 +86,9 @@ def write(folder: Path, config: dict, names: dict[str, str], specs: dict[str, Sp
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SRC")
-    parser.add_argument("out", type=Path, metavar="DST")
+    parser = command_parser(__doc__)
+    parser.add_argument("source", type=Path, metavar="SRC", help="the folder to convert, of either kind")
+    parser.add_argument("out", type=Path, metavar="DST", help="the folder that is made")
     parser.add_argument("--fold-guidance", type=float, metavar="W", help="the guidance that a guidance-embedded model is fixed to")
     a = parser.parse_args()
     with one_line_errors():

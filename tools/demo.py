@@ -3,11 +3,12 @@
 
     clips as mp4 -> latents -> DMD2 on two ranks -> diffusers folder -> teacher, undistilled and student side by side
 
-Leaves outputs/demo/ with student/ (a diffusers folder), samples/ (mp4 files and contact_sheet.png) and report.json. What is
-finished is not done again.
+    python tools/demo.py --out outputs/longer max_steps=1000
+
+Leaves outputs/demo/ with student/ (a diffusers folder), samples/ (mp4 files and contact_sheet.png), report.json and report.html,
+which a browser opens. What is finished is not done again.
 """
 
-import argparse
 import json
 import os
 import re
@@ -22,12 +23,14 @@ import numpy as np
 import torch
 
 from dmd_ds.checkpoint import write_whole
+from dmd_ds.commands import command_parser
 from dmd_ds.data import moving_shapes
 from dmd_ds.data.video import contact_sheet, write_video
 from dmd_ds.errors import UserError, one_line_errors, read_json
 from dmd_ds.evaluation import REFERENCE, Evaluation, caption_list, evaluate, table
 from dmd_ds.generation import Settings, VideoModel
 from dmd_ds.recipe import REPOSITORY, load_recipe
+from dmd_ds.report.page import write_page
 
 TEACHER = "tiny-wan"
 FIRST_SEED = 10_000  # of the videos that are judged; the kept reference has others
@@ -178,6 +181,7 @@ def demo(out: Path, prompt_count: int, clips_a_caption: int, overrides: list[str
         write_samples(out / "samples", evaluations)
         write_report(report_file, evaluations, prompt_count)
 
+    write_page([out / "run"], out / "report.html", title=out.name)
     report = json.loads(report_file.read_text())
     steps = recipe.sampling.steps
     titles = {
@@ -191,12 +195,12 @@ def demo(out: Path, prompt_count: int, clips_a_caption: int, overrides: list[str
         f"\nthe student closes {report['gap_closed']:.0%} of the Fréchet gap between the undistilled model and the teacher "
         f"(floor {report['floor']:.2f}) and is {report['speedup']:.0f} times faster; {time.monotonic() - began:.0f} s in all"
     )
-    print(f"look at\n  {out}/samples/contact_sheet.png\n  {out}/samples/*.mp4\n  {report_file}\n  {student}/")
+    print(f"look at\n  {out}/samples/contact_sheet.png\n  {out}/samples/*.mp4\n  {report_file}\n  {student}/\n  {out}/report.html")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("outputs/demo"))
+    parser = command_parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="the folder that is made (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=2 * len(moving_shapes.CAPTIONS), help="judged videos a model (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=2, help="clips a caption (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe `tiny`")

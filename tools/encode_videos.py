@@ -13,7 +13,6 @@ Paths are relative to the file that names them. A broken clip is named, counted 
 width) a clip goes to the one that loses least of it; training takes each step's samples from one size.
 """
 
-import argparse
 import collections
 import dataclasses
 import itertools
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dmd_ds.commands import command_parser
 from dmd_ds.data.latents import LatentsWriter
 from dmd_ds.data.video import VideoSize, best_size, read_video, size_of_film
 from dmd_ds.errors import UserError, one_line_errors, read_json, read_jsonl, read_text
@@ -156,12 +156,12 @@ def encode_videos(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clips", type=Path, metavar="CLIPS")
-    parser.add_argument("out", type=Path, metavar="OUT")
+    parser = command_parser(__doc__)
+    parser.add_argument("clips", type=Path, metavar="CLIPS", help="videos with their captions, in one of the three forms")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the dataset's folder")
     parser.add_argument("--model", default="tiny-wan", help="diffusers Wan folder, or the name of a shipped one (default: %(default)s)")
     parser.add_argument("--sizes", nargs="+", default=["81x480x832"], metavar="FRAMESxHEIGHTxWIDTH", help="(default: 81x480x832)")
-    parser.add_argument("--fps", type=float, default=16)
+    parser.add_argument("--fps", type=float, default=16, help="frames a second that are taken of a clip (default: %(default)s)")
     parser.add_argument("--negative-prompt", default="", help="what guidance pushes away from (default: empty)")
     parser.add_argument("--workers", type=int, default=2, help="threads that decode clips ahead (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="neighbouring clips of one size that the VAE takes at once (default: 1)")

@@ -22,6 +22,7 @@ import torch
 
 from dmd_ds.charts import draw_curves
 from dmd_ds.checkpoint import write_whole
+from dmd_ds.commands import command_parser
 from dmd_ds.data import moving_shapes
 from dmd_ds.data.video import contact_sheet
 from dmd_ds.errors import UserError, one_line_errors
@@ -40,9 +41,9 @@ SIZE = ("frames", "height", "width")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", metavar="STUDENT", nargs="+")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = command_parser(__doc__)
+    parser.add_argument("models", metavar="STUDENT", nargs="+", help="a pipeline, a run or a checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for what is found")
     parser.add_argument("--teacher", help="folder or name of the model they come from")
     parser.add_argument("--teacher-guidance", type=float, metavar="W", help="default: what its folder says, else Wan2.1's own")
     parser.add_argument("--guidance", type=float, metavar="W", help="that guidance-embedded students are told; default: as trained")

@@ -10,9 +10,9 @@ A guidance embedding is kept by wan, and by diffusers where the stage was cfg_di
 it is folded, at the guidance it was trained at or at --fold-guidance. --lora-scale takes more or less of an adapter than was trained.
 """
 
-import argparse
 from pathlib import Path
 
+from dmd_ds.commands import command_parser
 from dmd_ds.errors import UserError, one_line_errors
 from dmd_ds.export import find_student, sampling_note, to_comfyui, to_diffusers, to_wan
 from dmd_ds.lora import to_lora, to_own_lora
@@ -21,10 +21,10 @@ FORMATS = {"diffusers": to_diffusers, "wan": to_wan, "comfyui": to_comfyui}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints")
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--format", choices=[*FORMATS, "lora"], default="diffusers")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder that is made")
+    parser.add_argument("--format", choices=[*FORMATS, "lora"], default="diffusers", help="(default: %(default)s)")
     parser.add_argument("--rank", type=int, help="of the LoRA of a generator that was trained whole (default: 64)")
     parser.add_argument("--fold-guidance", type=float, metavar="W", help="the guidance that a guidance-embedded student is fixed to")
     parser.add_argument("--lora-scale", type=float, metavar="S", help="of the adapter of one that was trained as LoRA; 1 is as trained")

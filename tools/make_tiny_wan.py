@@ -10,7 +10,6 @@ Every stage is seeded and leaves its result in the work folder (--work, default 
 on. When its scores please, the folder's `pipeline/` becomes dmd_ds/assets/tiny-wan and its `latents/` dmd_ds/assets/tiny-latents.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from dmd_ds import flow
+from dmd_ds.commands import command_parser
 from dmd_ds.data import moving_shapes
 from dmd_ds.data.latents import LatentsWriter, pad_embeds
 from dmd_ds.evaluation import caption_list, evaluate
@@ -335,10 +335,10 @@ STAGES = {"vae": train_vae, "decoder": train_decoder, "denoiser": train_denoiser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=STAGES)
+    parser = command_parser(__doc__)
+    parser.add_argument("stage", choices=STAGES, help="what is made, in this order")
     parser.add_argument("--work", type=Path, default=Path("outputs/tiny-wan"), help="folder of the results (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of every draw (default: %(default)s)")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     STAGES[arguments.stage](arguments.work, arguments.seed)

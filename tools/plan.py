@@ -8,10 +8,10 @@ test_planner_accuracy.py); CUDA's context, NCCL's buffers and the allocator's fr
 Seconds are estimates for comparison: of one setting with another, of one machine with another.
 """
 
-import argparse
 import json
 from pathlib import Path
 
+from dmd_ds.commands import command_parser
 from dmd_ds.errors import UserError, one_line_errors, read_json_mapping
 from dmd_ds.parallel.engine import parse_ds_config
 from dmd_ds.planner.choose import Plan, cheapest, plan
@@ -90,20 +90,20 @@ def as_json(found: Plan, machine: Machine) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("recipe", help="the name of a shipped recipe, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--gpus", type=int, required=True)
-    parser.add_argument("--gpu-memory", type=float, default=80, help="GB a GPU")
-    parser.add_argument("--reserve", type=float, default=5, help="GB of it left free")
-    parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    parser.add_argument("--gpus", type=int, required=True, help="of the whole job")
+    parser.add_argument("--gpu-memory", type=float, default=80, help="GB a GPU (default: %(default)s)")
+    parser.add_argument("--reserve", type=float, default=5, help="GB of it left free (default: %(default)s)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=81, help="of a video, 4 n + 1 (default: %(default)s)")
     parser.add_argument("--height", type=int, help="480, or 720 where the recipe's name says 720p")
     parser.add_argument("--width", type=int, help="832, or 1280")
-    parser.add_argument("--gpu-tflops", type=float, default=989, help="peak in bf16, without sparsity")
-    parser.add_argument("--mfu", type=float, default=0.4, help="the part of the peak that is reached")
-    parser.add_argument("--nvlink-gbs", type=float, default=400, help="GB/s a GPU sends inside a node")
-    parser.add_argument("--network-gbs", type=float, default=400, help="GB/s a node sends to others")
+    parser.add_argument("--gpu-tflops", type=float, default=989, help="peak in bf16, without sparsity (default: %(default)s)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="the part of the peak that is reached (default: %(default)s)")
+    parser.add_argument("--nvlink-gbs", type=float, default=400, help="GB/s a GPU sends inside a node (default: %(default)s)")
+    parser.add_argument("--network-gbs", type=float, default=400, help="GB/s a node sends to others (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     a = parser.parse_intermixed_args()
     with one_line_errors():

@@ -18,7 +18,6 @@ Every run is one process on one rank. A run that is finished is not trained agai
 table.md and study.json: means over the seeds, and how far the seeds lie apart.
 """
 
-import argparse
 import json
 import os
 import re
@@ -34,6 +33,7 @@ from pydantic import Field
 
 from dmd_ds import checkpoint
 from dmd_ds.checkpoint import write_whole
+from dmd_ds.commands import command_parser
 from dmd_ds.data import moving_shapes
 from dmd_ds.errors import RunError, UserError, one_line_errors, read_text
 from dmd_ds.evaluation import REFERENCE, Evaluator, caption_list, compare, lines_of
@@ -147,7 +147,7 @@ def study_runs(study: Study, out: Path, jobs: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("study", help=f"one that ships ({', '.join(sorted(p.stem for p in STUDIES.glob('*.yaml')))}) or a YAML file")
     parser.add_argument("--out", type=Path, help="default: outputs/studies/NAME")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at once (default: one a core)")

@@ -8,17 +8,17 @@ diffusers.WanPipeline.from_pretrained, or WanImageToVideoPipeline of an image-to
 was trained for and guidance_scale=1.0. For other formats see tools/export.py.
 """
 
-import argparse
 from pathlib import Path
 
+from dmd_ds.commands import command_parser
 from dmd_ds.errors import one_line_errors
 from dmd_ds.export import find_student, sampling_note, to_diffusers
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("out", type=Path, metavar="OUT")
+    parser = command_parser(__doc__)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder that is made")
     parser.add_argument("--model", help="the base model's folder, where it is not at the recipe's model.path any more")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file in GB (default: %(default)s)")
     parser.add_argument("--weights", choices=["ema", "trained"], help="the average or the trained ones (default: ema where there is one)")

@@ -31,7 +31,7 @@ def make_videos(model: Path, folder: Path, ranks: int, *degrees: str) -> dict[st
     assert_fine(results)
     assert f"{folder / 'out'}: 3 videos made, 0 were there" in results[0].stdout
     lines = [json.loads(line) for line in (folder / "out" / "manifest.jsonl").read_text().splitlines()]
-    assert len(list((folder / "out").iterdir())) == len(PROMPTS) + 1
+    assert len(list((folder / "out").iterdir())) == len(PROMPTS) + 2
     return {line["prompt"]: read_video(folder / "out" / line["file"], FRAMES, HEIGHT, WIDTH, 8).astype(float) for line in lines}
 
 

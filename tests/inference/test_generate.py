@@ -39,7 +39,7 @@ def test_every_prompt_gets_a_file_within_the_folder(model, alone, settings, tmp_
     lines = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
     assert [(line["prompt"], line["seed"]) for line in lines] == [(job.prompt, job.seed) for job in JOBS]
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {line["file"] for line in lines} | {"manifest.jsonl"} and len(files) == 5
+    assert files == {line["file"] for line in lines} | {"manifest.jsonl", "contact_sheet.png"} and len(files) == 6
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert read_video(tmp_path / "out" / lines[0]["file"], 5, 32, 32, 8).shape == (5, 32, 32, 3)
 
