@@ -60,7 +60,7 @@ def run(name: str, a: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("part", choices=[*PARTS, "all"])
+    parser.add_argument("part", choices=[*PARTS, "all"], help="what is measured")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="where the numbers go (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="of step and infer (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="of gather and load (default: %(default)s)")
