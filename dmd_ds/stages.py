@@ -41,7 +41,7 @@ class Regression(Section):
     teacher_steps: Positive = Field(
         20, description="of the teacher's path; for end of second order, and the generator's own noise levels come to them"
     )
-    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="of the warm-up; null: generator.lr")
+    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="null: generator.lr")
 
 
 class RewardTerm(Section):

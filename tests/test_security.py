@@ -53,7 +53,9 @@ def dangers(source: str) -> list[str]:
 
 def test_nothing_that_is_read_is_run():
     assert len(SOURCES) > 40
-    assert {str(path): found for path in SOURCES if (found := dangers(path.read_text()))} == {}
+    named_by_a_recipe = {"dmd_ds/rewards/__init__.py": ["importlib.import_module"]}  # whoever starts a run is trusted
+    found = {str(path.relative_to(REPOSITORY)): dangers(path.read_text()) for path in SOURCES}
+    assert {path: calls for path, calls in found.items() if calls} == named_by_a_recipe
     for line in ("torch.load(f)", "yaml.load(f)", "eval('1')", "run(c, shell=True)", "np.load(f, allow_pickle=True)", "pickle.load(f)"):
         assert dangers(line)  # the search finds what is there
 

@@ -111,6 +111,8 @@ def main() -> None:
             if getattr(a, name) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be more than 0")
         recipe = load_recipe(a.recipe, a.overrides)
+        if recipe.fake_score is None:
+            raise UserError(f"{a.recipe}: stage={recipe.stage}; the memory of DMD2 alone is planned")
         hd = "720p" in a.recipe
         video = Video(a.frames, a.height or (720 if hd else 480), a.width or (1280 if hd else 832))
         ds_configs = {

@@ -39,7 +39,7 @@ def test_a_chain_with_a_mistake_names_it(tmp_path, text, message):
 
 @pytest.mark.slow
 def test_a_chain_runs_from_the_teacher_to_a_rewarded_student_and_again_fast(tmp_path):
-    shared = {"max_steps": 1, "validation": {"every": 1, "prompts": 2, "teacher_steps": 2}}
+    shared = {"max_steps": 1}
     reward = {"rewards": {"tests.distributed.plain_stages:redness": 1.0}}
     recipes = {
         "cfg": make_recipe(tmp_path, stage="cfg_distill", fake_score=None, **shared),

@@ -52,6 +52,7 @@ def test_the_model_on_disk_is_read_and_the_name_says_the_size_of_the_video(comma
         (["t2v_14b_480p", "parallel.ring=16"], "does not divide --gpus 8"),
         (["tiny", "model.path=nowhere/5B"], "names a published size"),
         (["t2v_14b_480p", "generator.lr=fast"], "generator.lr"),
+        (["t2v_14b_480p_reward"], "t2v_14b_480p_reward: stage=reward; the memory of DMD2 alone is planned"),
         (["t2v_14b_480p", "--frames", "80"], "4 n \\+ 1"),
         (["t2v_14b_480p", "--mfu", "0"], "--mfu"),
         (["t2v_14b_480p", "parallel.ulysses=8", "--gpus-per-node", "4"], "--gpus-per-node"),
