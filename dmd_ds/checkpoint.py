@@ -28,7 +28,8 @@ from dmd_ds import __version__
 from dmd_ds.errors import UserError, read_json, read_text
 from dmd_ds.parallel.mesh import Mesh
 from dmd_ds.parallel.state import ShardedState
-from dmd_ds.recipe import NotNegative, Positive, Recipe, Section, dump_recipe, known_keys, load_recipe, validated
+from dmd_ds.recipe import Recipe, dump_recipe, known_keys, load_recipe, validated
+from dmd_ds.section import NotNegative, Positive, Section
 from dmd_ds.shards import PartFile, Shards
 
 LATEST, BEST = "latest", "best"
@@ -345,8 +346,8 @@ def check_same_recipe(folder: Path, recipe: Recipe, world_size: int) -> None:
         if key in MAY_CHANGE or key.startswith(MAY_CHANGE_IN):
             continue
         old, new = before, now
-        for part in key.split("."):
-            old, new = old[part], new[part]
+        for part in key.split("."):  # through sections, of which one may not be there
+            old, new = old and old[part], new and new[part]
         if old != new:
             raise UserError(f"{key}={new}: the run in {folder.parents[1]} was started with {old}; name another output_dir, or put it back")
     batch, was = recipe.global_batch_size(world_size), read_state(folder).global_batch_size

@@ -5,7 +5,9 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from dmd_ds.charts import Panel
 from dmd_ds.data import moving_shapes
 from dmd_ds.generation import Settings, VideoModel
 from dmd_ds.recipe import PACKAGE
+from dmd_ds.rewards import Reward, check_scores
 from dmd_ds.source import Source
 
 REFERENCE = PACKAGE / "assets" / "tiny-wan" / "reference.safetensors"
@@ -33,15 +36,21 @@ class Evaluation:
     numbers: dict[str, float]
 
 
-def caption_list(count: int) -> list[str]:
+def caption_list(count: int, captions: Sequence[moving_shapes.Caption] = moving_shapes.CAPTIONS) -> list[str]:
     """Every caption in turn, as often as it takes."""
-    return [str(moving_shapes.CAPTIONS[i % len(moving_shapes.CAPTIONS)]) for i in range(count)]
+    return [str(captions[i % len(captions)]) for i in range(count)]
 
 
 def evaluate(
-    model: VideoModel, prompts: list[str], first_seed: int, settings: Settings, reference_NF: np.ndarray | None = None, batch_size: int = 27
+    model: VideoModel,
+    prompts: list[str],
+    first_seed: int,
+    settings: Settings,
+    reference_NF: np.ndarray | None = None,
+    batch_size: int = 27,
+    rewards: Mapping[str, Reward] = MappingProxyType({}),
 ) -> Evaluation:
-    """Videos of the prompts, sample i with seed `first_seed` + i, and what they are worth.
+    """Videos of the prompts, sample i with seed `first_seed` + i, and what they are worth; of `rewards` the means, by name.
 
     `seconds` and `evaluations` are a video's: time in sampling and decoding, forwards of the denoiser.
     """
@@ -53,16 +62,28 @@ def evaluate(
     seconds = (time.monotonic() - began) / len(prompts)
     verdicts = [moving_shapes.judge(video) for video in videos]
     numbers = moving_shapes.score(verdicts, prompts) | moving_shapes.diversity(verdicts, prompts)
+    for name, reward in rewards.items():
+        numbers[name] = mean_reward(reward, videos, prompts)
     features_NF = np.stack([moving_shapes.features(video) for video in videos])
     if reference_NF is not None:
         numbers["frechet"] = moving_shapes.frechet_distance(features_NF, reference_NF)
     return Evaluation(videos, features_NF, {**numbers, "seconds": seconds, "evaluations": model.evaluations(settings)})
 
 
+@torch.no_grad()
+def mean_reward(reward: Reward, videos: list[np.ndarray], prompts: list[str]) -> float:
+    """Of all frames of uint8 videos, one video at a time."""
+    scores = []
+    for video, prompt in zip(videos, prompts, strict=True):
+        frames_1T3HW = torch.from_numpy(video)[None].permute(0, 1, 4, 2, 3) / 255
+        scores.append(float(check_scores("a reward", reward(frames_1T3HW, [prompt]), 1)))
+    return float(np.mean(scores))
+
+
 def table(rows: dict[str, dict[str, float]], columns: tuple[str, ...] = COLUMNS) -> str:
     """The numbers as a text table, a row a model; a dash where there is none."""
     width = max(len(name) for name in rows)
-    lines = [" " * width + "".join(f"{column:>12}" for column in columns)]
+    lines = [" " * width + "".join(f"{column.rpartition(':')[2]:>12}" for column in columns)]  # of a reward, its function
     for name, numbers in rows.items():
         cells = [f"{numbers[column]:.3f}" if column in numbers else "-" for column in columns]
         lines.append(name.ljust(width) + "".join(f"{cell:>12}" for cell in cells))
@@ -75,18 +96,27 @@ def table(rows: dict[str, dict[str, float]], columns: tuple[str, ...] = COLUMNS)
 class Evaluator:
     """Evaluates sources on the same captions and seeds, and keeps what it found in a folder, so nothing is made twice."""
 
-    def __init__(self, prompts: list[str], first_seed: int, cache: Path, device: torch.device, batch_size: int):
+    def __init__(
+        self,
+        prompts: list[str],
+        first_seed: int,
+        cache: Path,
+        device: torch.device,
+        batch_size: int,
+        rewards: Mapping[str, Reward] = MappingProxyType({}),
+    ):
+        self.rewards = rewards
         self.prompts, self.first_seed, self.cache, self.device, self.batch_size = prompts, first_seed, cache, device, batch_size
         self.loaded: tuple[Source, VideoModel] | None = None
 
     def __call__(self, source: Source, settings: Settings, seeds_from: int = 0) -> Evaluation:
         """`seeds_from`: added to every seed. Of the videos the first `SHOWN` stay."""
         first_seed = self.first_seed + seeds_from
-        key = json.dumps([source.mark, settings.model_dump(mode="json"), self.prompts, first_seed])
+        key = json.dumps([source.mark, settings.model_dump(mode="json"), self.prompts, first_seed, *self.rewards])
         file = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
         if not file.is_file():
             print(f"sampling {len(self.prompts)} videos in {settings.steps} steps: {source.name}", flush=True)
-            found = evaluate(self.model(source), self.prompts, first_seed, settings, batch_size=self.batch_size)
+            found = evaluate(self.model(source), self.prompts, first_seed, settings, batch_size=self.batch_size, rewards=self.rewards)
             self.cache.mkdir(parents=True, exist_ok=True)
             unfinished = file.with_suffix(".tmp")
             tensors = {"features": found.features_NF, "videos": np.stack(found.videos[:SHOWN])}

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from dmd_ds import checkpoint
 from dmd_ds.errors import UserError
-from dmd_ds.generation import SETTINGS_FILE, Settings, write_settings
+from dmd_ds.generation import SETTINGS_FILE, Settings, load_scheduler, read_settings, write_settings
 from dmd_ds.recipe import Recipe, Sampling, load_recipe
 from dmd_ds.sampler import few_step_schedule, few_step_scheduler, nearest_stock, timesteps_apart
 from dmd_ds.shards import Shards
@@ -47,7 +47,7 @@ def adapter_names(name: str) -> tuple[str, str]:
 class Student:
     """A checkpoint's generator and what it was trained from; tensors go by diffusers' names.
 
-    A generator that was trained as LoRA is its base with the adapter merged in: W + alpha / rank B A.
+    A generator that was trained as LoRA is its base with the adapter merged in: W + scale alpha / rank B A.
     """
 
     recipe: Recipe
@@ -56,6 +56,7 @@ class Student:
     base_tensors: dict[str, Stored]
     weights: Shards
     guidance: float | None = None  # folded into the time embedding, None where nothing was
+    lora_scale: float = 1.0  # of the adapter: 0 is the base, 1 is as trained
 
     @property
     def names(self) -> list[str]:
@@ -93,7 +94,16 @@ class Student:
     @property
     def settings(self) -> Settings:
         """How it is sampled: as it was trained, without guidance beside its own."""
-        return Settings(steps=self.recipe.sampling.steps, guidance=1.0, few_step=self.recipe.sampling, **self.state.video)
+        sampling = self.recipe.sampling
+        steps, few_step = (sampling.steps, sampling) if self.recipe.is_few_step else (read_settings(self.base).steps, None)
+        guidance = self.recipe.score.guidance if self.takes_guidance else 1.0
+        return Settings(steps=steps, guidance=guidance, few_step=few_step, **self.state.video)
+
+    def scaled(self, lora_scale: float) -> "Student":
+        """With so much of its adapter; `UserError` where it was not trained as one."""
+        if self.recipe.generator.lora_rank is None:
+            raise UserError(f"{self.weights.folder}: was not trained as LoRA (generator.lora_rank is null), it has no scale")
+        return dataclasses.replace(self, lora_scale=lora_scale)
 
     def read(self, name: str) -> torch.Tensor:
         if name == FOLDED_INTO and self.guidance is not None:
@@ -107,7 +117,7 @@ class Student:
         weight = self.base_tensors[name].read().float()
         if adapter_names(name)[0] in self.weights.shapes:
             A, B = self.read_adapter(name)
-            weight += self.recipe.generator.lora_alpha / len(A) * (B @ A)
+            weight += self.lora_scale * self.recipe.generator.lora_alpha / len(A) * (B @ A)
         return weight
 
     def read_base(self, name: str) -> torch.Tensor:
@@ -201,24 +211,55 @@ def sampling_note(sampling: Sampling) -> str:
 
 def model_card(student: Student, use: str) -> str:
     task = {"WanPipeline": "text-to-video", "WanImageToVideoPipeline": "image-to-video"}[pipeline_class(student.base)]
-    recipe, sampling, video = student.recipe, student.recipe.sampling, student.state.video
     folded = "" if student.guidance is None else f"Its guidance embedding is folded at {student.guidance}.\n"
-    step = {"sde": "noised afresh between them", "ode": "by Euler's steps along the velocity, without noise between them"}[sampling.solver]
+    scaled = "" if student.lora_scale == 1.0 else f"Its adapter is scaled by {student.lora_scale}.\n"
     return f"""---
 library_name: diffusers
 pipeline_tag: {task}
 ---
-# {student.base.name}, distilled to {sampling.steps} steps
+# {student.base.name}, {title(student)}
 
-Distilled with DMD2 by dmd_ds from {recipe.model.path}; data {recipe.data.path}; {student.state.step} fake-score updates,
-a generator update every {recipe.fake_score.updates_per_generator_update}; the teacher's guidance of {recipe.score.guidance} is built in.
-{folded}
+{training(student)}
+{folded}{scaled}
 
 {use}
 
-Trained on {video["frames"]} frames of {video["width"]}x{video["height"]}: sampled in {sampling.steps} steps, without guidance,
-at the timesteps {list_timesteps(sampling)}, {step}. The base model's licence holds for this one.
+{as_sampled(student)} The base model's licence holds for this one.
 """
+
+
+def title(student: Student) -> str:
+    recipe = student.recipe
+    if not recipe.is_few_step:
+        return "guided in one pass"
+    return f"distilled to {recipe.sampling.steps} steps" if recipe.stage != "reward" else "trained on rewards"
+
+
+def training(student: Student) -> str:
+    """What was done to the base."""
+    recipe, steps = student.recipe, student.state.step
+    from_what = f"by dmd_ds from {recipe.model.path}; data {recipe.data.path}; {steps}"
+    built_in = f"the teacher's guidance of {recipe.score.guidance} is built in."
+    if recipe.stage == "cfg_distill":
+        asked = recipe.cfg_distill
+        return f"Guidance of {asked.guidance_min:g} to {asked.guidance_max:g} distilled into one pass {from_what} updates."
+    if recipe.stage == "regression":
+        return f"Distilled by regression to {recipe.regression.target} {from_what} updates; {built_in}"
+    if recipe.stage == "reward":
+        rewards = ", ".join(f"{term.weight:g} {name}" for name, term in recipe.reward.rewards.items())
+        return f"Trained on rewards ({rewards}; {recipe.reward.penalty:g} penalty) {from_what} updates."
+    return f"""Distilled with DMD2 {from_what} fake-score updates,
+a generator update every {recipe.fake_score.updates_per_generator_update}; {built_in}"""
+
+
+def as_sampled(student: Student) -> str:
+    sampling, video = student.recipe.sampling, student.state.video
+    size = f"Trained on {video['frames']} frames of {video['width']}x{video['height']}"
+    if not student.recipe.is_few_step:
+        return f"{size}; sampled as its base, in half as many evaluations."
+    step = {"sde": "noised afresh between them", "ode": "by Euler's steps along the velocity, without noise between them"}[sampling.solver]
+    return f"""{size}: sampled in {sampling.steps} steps, without guidance,
+at the timesteps {list_timesteps(sampling)}, {step}."""
 
 
 def copy_other_parts(base: Path, folder: Path) -> None:
@@ -240,33 +281,45 @@ def copy_other_parts(base: Path, folder: Path) -> None:
 def to_diffusers(student: Student, out: Path, largest_file: int = 5 * 10**9) -> None:
     """A whole diffusers pipeline, whose scheduler samples as the student was trained, or as near to it as a stock one can.
 
-    In the second case the model card says so. A guidance embedding is folded.
+    In the second case the model card says so. A guidance embedding is folded, but for one that was all that was to be learnt:
+    that folder is a model for this project, which is told its guidance.
     """
-    student = student.folded()
-    video, recipe = student.state.video, student.recipe
+    recipe = student.recipe
+    if recipe.is_few_step:
+        student = student.folded()
     with whole_folder(out) as folder:
         copy_other_parts(student.base, folder)
         (folder / "transformer").mkdir()
         config = transformer_config(student.base)
         (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_weights(folder / "transformer", student.specs, student.read, largest_file)
-        scheduler = few_step_scheduler(nearest_stock(recipe.sampling))
+        scheduler = few_step_scheduler(nearest_stock(recipe.sampling)) if recipe.is_few_step else load_scheduler(student.base)
         scheduler.save_pretrained(folder / "scheduler")
         index = json.loads((folder / "model_index.json").read_text())
-        index["_class_name"] = pipeline = pipeline_class(student.base)
+        index["_class_name"] = pipeline_class(student.base)
         index["transformer"] = ["diffusers", "WanTransformer3DModel"]
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         write_settings(folder, student.settings)
-        size = f"height={video['height']}, width={video['width']}, num_frames={video['frames']}"
-        takes = {"WanPipeline": "prompt", "WanImageToVideoPipeline": "image, prompt"}[pipeline]
-        use = f"""    import torch
+        (folder / "README.md").write_text(model_card(student, use_of_pipeline(student)))
+
+
+def use_of_pipeline(student: Student) -> str:
+    video, sampling, pipeline = student.state.video, student.recipe.sampling, pipeline_class(student.base)
+    if student.takes_guidance:
+        return (
+            "It is told its guidance, which stock diffusers cannot do: sample it, or go on from it, with dmd_ds.\n"
+            "`tools/convert_wan.py --fold-guidance W` makes it stock."
+        )
+    size = f"height={video['height']}, width={video['width']}, num_frames={video['frames']}"
+    takes = {"WanPipeline": "prompt", "WanImageToVideoPipeline": "image, prompt"}[pipeline]
+    use = f"""    import torch
     from diffusers import {pipeline}
 
     pipeline = {pipeline}.from_pretrained(FOLDER)
-    video = pipeline({takes}, num_inference_steps={recipe.sampling.steps}, guidance_scale=1.0, {size}).frames[0]"""
-        note = sampling_note(recipe.sampling)
-        (folder / "README.md").write_text(model_card(student, f"{use}\n\n{note}" if note else use))
+    video = pipeline({takes}, num_inference_steps={student.settings.steps}, guidance_scale=1.0, {size}).frames[0]"""
+    note = sampling_note(sampling)
+    return f"{use}\n\n{note}" if note else use
 
 
 def to_wan(student: Student, out: Path, largest_file: int = 5 * 10**9) -> None:

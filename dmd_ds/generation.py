@@ -13,8 +13,9 @@ from dmd_ds.data.latents import pad_embeds
 from dmd_ds.data.video import VideoSize
 from dmd_ds.errors import UserError, read_json, read_json_mapping
 from dmd_ds.randomness import Randomness
-from dmd_ds.recipe import Positive, Sampling, Section, Steps, explain, validated
+from dmd_ds.recipe import Sampling, explain, validated
 from dmd_ds.sampler import Velocity, few_step_schedule, few_step_x0, guided, scheduler_sample, with_steps
+from dmd_ds.section import Positive, Section, Steps
 from dmd_ds.wan import diffusers_parts, original_parts
 from dmd_ds.wan.autoencoder import decode, latents_shape, load_autoencoder
 from dmd_ds.wan.denoiser import WHOLE_SEQUENCE, ImageCondition, WanDenoiser, WholeSequence
@@ -105,8 +106,11 @@ class VideoModel:
         self.image_encoder = load_image_encoder(self.folder, device) if takes_image(transformer_config(self.folder)) else None
         self.dtype = inference_dtype(device)
         transformer = whole_transformer(self.folder, self.dtype)
-        self.takes_guidance = takes_guidance(transformer)
         self.denoiser = WanDenoiser(transformer, sequence).to(device).eval().requires_grad_(False)
+
+    @property
+    def takes_guidance(self) -> bool:
+        return takes_guidance(self.denoiser.transformer)
 
     def evaluations(self, settings: Settings) -> int:
         """Forwards of the denoiser a video: guidance doubles them where it is not embedded."""

@@ -8,14 +8,17 @@ from dmd_ds import checkpoint
 from dmd_ds.data.latents import LatentsDataset
 from dmd_ds.data.video import VideoSize
 from dmd_ds.errors import UserError
+from dmd_ds.generation import read_settings
 from dmd_ds.parallel.ema import check_can_average
 from dmd_ds.parallel.engine import complete_ds_config, read_ds_config
 from dmd_ds.parallel.mesh import check_degrees, world_size
+from dmd_ds.planner.sizes import ModelSize
 from dmd_ds.recipe import Optimizer, Recipe
+from dmd_ds.rewards import check_rewards
 from dmd_ds.sampler import few_step_schedule
 from dmd_ds.trackers import check_trackers
 from dmd_ds.validation import check_validation
-from dmd_ds.wan.autoencoder import latents_shape
+from dmd_ds.wan.autoencoder import TIME_STRIDE, latents_shape
 from dmd_ds.wan.denoiser import TEXT_TOKENS
 from dmd_ds.wan.guidance import has_guidance_embedding
 from dmd_ds.wan.weights import find_model, takes_image, transformer_config, transformer_tensors
@@ -59,7 +62,6 @@ class Inputs:
     def summary(self) -> str:
         config, recipe = self.transformer_config, self.recipe
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.latents_shapes)
-        sigmas = " ".join(f"{sigma:.3f}" for sigma in few_step_schedule(recipe.sampling).sigmas)
         accumulated = f" x accumulation {recipe.data.accumulation}" if recipe.data.accumulation > 1 else ""
         return (
             f"model {self.model}: {'image' if takes_image(config) else 'text'} to video, {config['num_layers']} layers, "
@@ -67,8 +69,18 @@ class Inputs:
             f"{'' if self.guidance_embedding == 'none' else f', {self.guidance_embedding} guidance embedding'}\n"
             f"data {self.dataset.folder}: {len(self.dataset)} samples, latents {shapes}\n"
             f"{self.ranks()} x batch {recipe.data.batch_size}{accumulated}; steps {self.first_step} to {recipe.max_steps}, "
-            f"a generator update every {recipe.fake_score.updates_per_generator_update}; sigmas {sigmas}, {recipe.sampling.solver}"
+            f"{self.what_is_trained()}"
         )
+
+    def what_is_trained(self) -> str:
+        recipe = self.recipe
+        if recipe.stage == "cfg_distill":
+            return f"guidance {recipe.cfg_distill.guidance_min:g} to {recipe.cfg_distill.guidance_max:g} in one pass"
+        what = {"regression": f"regression to {recipe.regression.target}", "reward": f"rewards {', '.join(recipe.reward.rewards)}"}
+        if recipe.fake_score:
+            what["dmd2"] = f"a generator update every {recipe.fake_score.updates_per_generator_update}"
+        sigmas = " ".join(f"{sigma:.3f}" for sigma in few_step_schedule(recipe.sampling).sigmas)
+        return f"{what[recipe.stage]}; sigmas {sigmas}, {recipe.sampling.solver}"
 
 
 def check_inputs(recipe: Recipe) -> Inputs:
@@ -85,7 +97,10 @@ def check_inputs(recipe: Recipe) -> Inputs:
     model = find_model(recipe.model.path)
     config = transformer_config(model)
     stored = has_guidance_embedding(transformer_tensors(model))
-    guidance_embedding = "stored" if stored else "fresh" if recipe.model.guidance_embedding else "none"
+    if stored and recipe.stage == "cfg_distill":
+        raise UserError(f"model.path={recipe.model.path}: has its guidance embedded already, stage=cfg_distill has nothing to teach it")
+    fresh = recipe.model.guidance_embedding or recipe.stage == "cfg_distill"
+    guidance_embedding = "stored" if stored else "fresh" if fresh else "none"
     if stored and recipe.score.guidance_below < 1:
         raise UserError(f"score.guidance_below={recipe.score.guidance_below}: model.path={recipe.model.path} has its guidance embedded")
     check_degrees(recipe.parallel, config["num_attention_heads"])
@@ -110,9 +125,14 @@ def check_inputs(recipe: Recipe) -> Inputs:
     if text_width != config["text_dim"]:
         raise UserError(f"data.path={recipe.data.path}: text of width {text_width}, model.path takes {config['text_dim']}")
     check_images(recipe, dataset, config)
-    sections: dict[str, Optimizer] = {"generator": recipe.generator, "fake_score": recipe.fake_score}
+    if recipe.stage == "reward":
+        check_reward(recipe, model, latents_shapes)
+    size = ModelSize.from_config(config)
+    sections: dict[str, Optimizer] = {"generator": recipe.generator}
+    if recipe.fake_score:
+        sections["fake_score"] = recipe.fake_score
     ds_configs = {
-        name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data)
+        name: complete_ds_config(read_ds_config(f"{name}.ds_config", section.ds_config), section, recipe.data, size)
         for name, section in sections.items()
     }
     if recipe.validation.every:
@@ -127,6 +147,17 @@ def check_inputs(recipe: Recipe) -> Inputs:
     return Inputs(
         recipe, model, dataset, latents_shapes, shown_shape, video, config, guidance_embedding, ds_configs, resume_from, first_step
     )
+
+
+def check_reward(recipe: Recipe, model: Path, latents_shapes: list[tuple[int, int, int, int]]) -> None:
+    check_rewards(recipe.reward.rewards)
+    distilled = read_settings(model).few_step
+    if distilled and distilled != recipe.sampling:
+        grid = f"{distilled.steps} steps, sigmas {' '.join(f'{sigma:.3f}' for sigma in few_step_schedule(distilled).sigmas)}"
+        raise UserError(f"sampling is not that of model.path={recipe.model.path}, which was distilled for {grid}, {distilled.solver}")
+    fewest = min(TIME_STRIDE * (shape[1] - 1) + 1 for shape in latents_shapes)
+    if recipe.reward.frames != "all" and max(recipe.reward.frames) >= fewest:
+        raise UserError(f"reward.frames={recipe.reward.frames}: a video has {fewest}, numbered from 0")
 
 
 def check_gan(recipe: Recipe, layers: int) -> None:

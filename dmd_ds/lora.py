@@ -96,7 +96,7 @@ def to_own_lora(student: Student, out: Path) -> None:
     zeros, and without an alpha, and when every other layer has a bias too.
     """
     student = student.folded()
-    rank, alpha = student.recipe.generator.lora_rank, student.recipe.generator.lora_alpha
+    rank, alpha = student.recipe.generator.lora_rank, student.lora_scale * student.recipe.generator.lora_alpha
     constant = student.read(FOLDED_INTO) - student.read_base(FOLDED_INTO)
     tensors: dict[str, torch.Tensor] = {}
     for name in student.adapted:

@@ -7,13 +7,16 @@ import re
 import reprlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from dmd_ds.errors import UserError, read_text
+from dmd_ds.section import NotNegative, Positive, Rate, Section, Seed, Sigma, Steps, Timesteps, VideoSize
+from dmd_ds.stages import CfgDistill, Gan, Regression, Reward, Rollout
 
 PACKAGE = Path(__file__).parent
 SHORT = reprlib.Repr()  # of values in messages: aliases in YAML make a few bytes into gigabytes of text
@@ -23,29 +26,7 @@ SHORT.maxlevel = 3
 REPOSITORY = PACKAGE.parent
 INSTALLED = Path(sys.prefix) / "share" / "dmd_ds"  # where `pip install .` puts ds_configs
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-Steps = Annotated[int, Field(ge=1, le=1000)]  # of sampling: a model knows 1000 timesteps
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what torch takes
-Rate = Annotated[float, Field(gt=0, lt=1)]
-Sigma = Annotated[float, Field(ge=0, le=1)]
-NotNegativeNumber = Annotated[float, Field(ge=0)]
-VideoSize = Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*x[1-9]\d*$")]
-Timesteps = Annotated[tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=1)]
-
-
 AnySection = TypeVar("AnySection", bound=BaseModel)
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _check_text(cls, given: Any) -> Any:
-        if isinstance(given, str) and "\0" in given:
-            raise PydanticCustomError("nul", "holds a NUL character")
-        return given
 
 
 class Model(Section):
@@ -67,10 +48,15 @@ class Data(Section):
 
 
 class Parallel(Section):
-    """How a sample's tokens are spread; the ranks of one sample sit on one machine. What is left over goes to data."""
+    """How a sample's tokens are spread; the ranks of one sample sit on one machine. What is left over goes to data, weights to all."""
 
     ulysses: Positive = Field(1, description="ranks that share a sample by attention heads; divides their number")
     ring: Positive = Field(1, description="times so many ranks that pass keys and values around")
+    gather: Literal["each", "rollout", "update"] = Field(
+        "rollout",
+        description="each: every forward and backward brings a block's weights together as it comes to it, least memory; rollout: the "
+        "generator's stay whole for all forwards of a rollout; update: and each model's from the forward to its backward",
+    )
     join_timeout: Annotated[float, Field(gt=0)] = Field(300.0, description="seconds to wait for all ranks at the start")
     hang_timeout: Annotated[float, Field(gt=0)] = Field(
         1800.0, description="seconds without progress after which the run ends and names the rank that stands; more than validation takes"
@@ -114,48 +100,6 @@ class Score(Section):
     sigma_min: Sigma = Field(0.02, description="a level drawn below is raised to it")
     sigma_max: Sigma = Field(0.98, description="a level drawn above is lowered to it")
     normaliser: bool = Field(True, description="divides the gradient by how far the real score is from the sample (DMD, eq. 8)")
-
-
-class Rollout(Section):
-    """How a sample is made to train on: what the generator is given at an exit step of its schedule, which alone has a gradient."""
-
-    input: Literal["simulation", "data"] = Field(
-        "simulation", description="what the generator itself makes in the steps before, or the dataset's latents, noised"
-    )
-    exit: Literal["random", "last"] = Field(
-        "random",
-        description="random: any of the steps, drawn evenly, so each step learns from the scores what it makes; last: all steps are "
-        "made, the last one learns. A gradient at every step of each rollout would be random's in the mean, at K times the cost",
-    )
-
-
-class Regression(Section):
-    """A warm-up: before DMD2 begins, the generator learns where the guided teacher's own paths end."""
-
-    steps: NotNegative = Field(0, description="trainer steps of it, each an update of the generator alone; 0: none")
-    teacher_steps: Positive = Field(20, description="of the teacher's path, second order, beside the generator's own noise levels")
-    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="null: generator.lr")
-
-
-class Gan(Section):
-    """A discriminator on the fake score's features, of the dataset's latents against what the generator makes.
-
-    Both are noised to one level first, drawn uniformly between sigma_min and sigma_max.
-    """
-
-    generator_weight: NotNegativeNumber = Field(0.0, description="of its part in the generator's loss; at 0 there is no GAN")
-    discriminator_weight: Annotated[float, Field(gt=0)] = Field(0.1, description="of its own loss beside the fake score's")
-    head: Literal["token", "convolution"] = Field("token", description="a mark for every token, or convolutions and attention over all")
-    blocks: list[NotNegative] | None = Field(None, min_length=1, description="whose features it reads; at 1/2, 3/4 and the end by default")
-    width: Positive = Field(256, description="of the head's own layers")
-    sigma_min: Sigma = 0.02
-    sigma_max: Sigma = 0.98
-    r1_weight: NotNegativeNumber = Field(0.0, description="of the approximate R1 penalty on the discriminator's slope at real samples")
-    r1_strength: Annotated[float, Field(gt=0)] = Field(0.1, description="of the noise the slope is measured with, in units of latents")
-
-    @property
-    def is_on(self) -> bool:
-        return self.generator_weight > 0
 
 
 class Sampling(Section):
@@ -213,8 +157,21 @@ class Validation(Section):
     )
 
 
+Stage = Literal["cfg_distill", "regression", "dmd2", "reward"]
+# the stages that use a section; one that is not here is of all stages
+USED_BY: dict[str, tuple[Stage, ...]] = {
+    "cfg_distill": ("cfg_distill",),
+    "fake_score": ("dmd2",),
+    "gan": ("dmd2",),
+    "regression": ("regression", "dmd2"),
+    "reward": ("reward",),
+    "rollout": ("dmd2",),
+    "sampling": ("regression", "dmd2", "reward"),
+}
+
+
 class Recipe(Section):
-    stage: Literal["dmd2"] = "dmd2"
+    stage: Stage = Field("dmd2", description="what is trained towards what: dmd_ds/distill has a file for each")
     output_dir: str
     max_steps: NotNegative
     max_hours: Annotated[float, Field(gt=0)] | None = Field(None, description="of this command; then it saves and ends, as on SIGTERM")
@@ -235,9 +192,11 @@ class Recipe(Section):
     data: Data
     parallel: Parallel = Parallel()
     generator: Generator
-    fake_score: FakeScore
+    fake_score: FakeScore | None = Field(None, description="of DMD2, and of no other stage")
     score: Score = Score()
+    cfg_distill: CfgDistill = CfgDistill()
     regression: Regression = Regression()
+    reward: Reward = Reward()
     gan: Gan = Gan()
     rollout: Rollout = Rollout()
     sampling: Sampling = Sampling()
@@ -250,12 +209,37 @@ class Recipe(Section):
             raise ValueError("needs activation_checkpointing=true: only what checkpointing keeps is moved")
         return offload
 
+    @model_validator(mode="after")
+    def _check_sections(self) -> "Recipe":
+        """Those that the stage needs are there, and none that it would pass over."""
+        for section, stages in USED_BY.items():
+            if self.stage not in stages and getattr(self, section) != type(self).model_fields[section].default:
+                raise PydanticCustomError("unused", f"{section}: stage={self.stage} has no use for this section")
+        if self.stage == "dmd2" and self.fake_score is None:
+            raise PydanticCustomError("lacking", "the key fake_score is missing")
+        if self.stage == "reward" and not self.reward.rewards:
+            raise PydanticCustomError("lacking", "the key reward.rewards is missing")
+        if self.stage == "reward" and self.generator.lora_rank is None:
+            raise PydanticCustomError("lacking", "generator.lora_rank=None: stage=reward trains an adapter, which it weighs against none")
+        if self.stage == "reward" and self.model.guidance_embedding:
+            raise PydanticCustomError("unused", "model.guidance_embedding=True: stage=reward trains an adapter alone")
+        if self.stage == "reward" and self.reward.steps > self.sampling.steps:
+            raise PydanticCustomError("range", f"reward.steps={self.reward.steps}: are of sampling.steps={self.sampling.steps}")
+        if self.stage == "regression" and self.regression.steps:
+            text = f"regression.steps={self.regression.steps}: of a warm-up of DMD2; stage=regression takes max_steps"
+            raise PydanticCustomError("unused", text)
+        if self.regression.target == "half_step" and self.sampling.solver != "ode":
+            raise PydanticCustomError("solver", "regression.target=half_step: of steps along the velocity, give sampling.solver=ode")
+        return self
+
     def is_generator_due(self, step: int) -> bool:
         """Whether this step of DMD2 updates the generator too."""
         return (step - self.regression.steps) % self.fake_score.updates_per_generator_update == 0
 
     def generator_updates(self, step: int) -> int:
-        """How often DMD2 and its warm-up have updated the generator before this step."""
+        """How often the generator has been updated before this step; DMD2 does it in its warm-up and then where it is due."""
+        if self.stage != "dmd2":
+            return step
         warm = self.regression.steps
         return min(step, warm) + -(-max(0, step - warm) // self.fake_score.updates_per_generator_update)
 
@@ -266,7 +250,15 @@ class Recipe(Section):
     @property
     def uses_latents(self) -> bool:
         """Whether training looks at the dataset's latents, and not at its prompts alone."""
-        return self.gan.is_on or self.rollout.input == "data"
+        if self.stage == "cfg_distill":
+            return self.cfg_distill.input == "data"
+        warms_up = self.stage == "regression" or self.regression.steps > 0
+        return self.gan.is_on or self.rollout.input == "data" or (warms_up and self.regression.target == "consistency")
+
+    @property
+    def is_few_step(self) -> bool:
+        """Whether the generator is trained to sample as `sampling` says; else it samples as its teacher does."""
+        return self.stage != "cfg_distill"
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------
@@ -303,10 +295,11 @@ def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]
     """Every key of a recipe, dotted."""
     keys = []
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
+        kind = field.annotation
+        if NoneType in get_args(kind):  # a section that may not be there
+            kind = get_args(kind)[0]
+        is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
+        keys += known_keys(kind, f"{prefix}{name}.") if is_section else [prefix + name]
     return keys
 
 
@@ -356,6 +349,8 @@ def validated(section: type[AnySection], value: Any, where: str, within: str = "
 
 def explain(problem: dict[str, Any], section: type[BaseModel] = Recipe, within: str = "") -> str:
     """One line for one pydantic problem."""
+    if not problem["loc"] and problem["type"] in ("unused", "lacking", "range", "solver"):  # of several keys
+        return problem["msg"]
     key = within + ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key}{nearest(key, known_keys(section, within))}"

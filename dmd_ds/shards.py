@@ -18,7 +18,8 @@ from safetensors import safe_open
 
 from dmd_ds.errors import UserError, read_json
 from dmd_ds.parallel.state import ShardedState
-from dmd_ds.recipe import NotNegative, Positive, Section, validated
+from dmd_ds.recipe import validated
+from dmd_ds.section import NotNegative, Positive, Section
 from dmd_ds.wan.tensors import Spec, read_header, write_safetensors
 
 PARAMETERS = "parameters.json"

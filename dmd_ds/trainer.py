@@ -1,4 +1,4 @@
-"""The one loop: batch -> generator step when due -> fake-score step -> log -> validate -> save."""
+"""The one loop: batch -> the turns of the stage -> log -> validate -> save."""
 
 from pathlib import Path
 
@@ -6,18 +6,16 @@ import torch
 import torch.distributed as dist
 
 from dmd_ds import checkpoint
-from dmd_ds.build import build_generator, build_score_model
+from dmd_ds.build import build_stage
 from dmd_ds.data.latents import BatchOrder, SizedOrder, pad_embeds
 from dmd_ds.distill.batch import Batch, Metrics
-from dmd_ds.distill.dmd2 import DMD2Engine
-from dmd_ds.distill.regression import Regression
+from dmd_ds.distill.stage import GENERATOR
 from dmd_ds.errors import UserError
 from dmd_ds.faults import SkippedUpdates
 from dmd_ds.inputs import Inputs
 from dmd_ds.monitor import Monitor
-from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.ema import ShardedEMA
-from dmd_ds.parallel.engine import make_engine, training_dtype
+from dmd_ds.parallel.engine import training_dtype
 from dmd_ds.parallel.mesh import Mesh
 from dmd_ds.parallel.state import EngineState
 from dmd_ds.randomness import Randomness
@@ -49,19 +47,11 @@ class Trainer:
         else:
             self.order = BatchOrder(self.dataset.buckets(), global_batch_size, randomness)
 
-        sequence = SequenceParallel(self.mesh, training_dtype())
-        score_model, generator = build_score_model(inputs, sequence), build_generator(inputs, sequence)
-        self.engines = {
-            "generator": make_engine(generator, inputs.ds_configs["generator"]),
-            "fake_score": make_engine(score_model, inputs.ds_configs["fake_score"]),
-        }
-        self.ema = ShardedEMA(self.engines["generator"], recipe.generator.ema_decay) if recipe.generator.ema_decay else None
-        negative_embeds_1LD = pad_embeds([self.dataset.negative_embeds_LD], self.prompt_tokens)
         self.embedded_guidance = inputs.embedded_guidance
-        teacher = {"negative_embeds_1LD": negative_embeds_1LD.to(mesh.device), "two_pass_guidance": inputs.two_pass_guidance}
-        self.dmd2 = DMD2Engine(recipe, **self.engines, **teacher, device=mesh.device)
-        generator_engine, schedule = self.engines["generator"], self.dmd2.schedule
-        self.regression = Regression(recipe, generator_engine, score_model, schedule, **teacher, device=mesh.device)
+        negative_embeds_1LD = pad_embeds([self.dataset.negative_embeds_LD], self.prompt_tokens)
+        self.stage, teacher = build_stage(inputs, mesh, negative_embeds_1LD.to(mesh.device))
+        generator = self.stage.engines[GENERATOR]
+        self.ema = ShardedEMA(generator, recipe.generator.ema_decay) if recipe.generator.ema_decay else None
         self.validation = None
         if recipe.validation.every:
             guidance = inputs.embedded_guidance, inputs.two_pass_guidance
@@ -69,14 +59,15 @@ class Trainer:
                 recipe, inputs.model, self.dataset, inputs.video, inputs.shown_shape, self.prompt_tokens, *guidance, self.mesh
             )
         self.first_step = inputs.first_step
-        states = {name: EngineState(engine) for name, engine in self.engines.items()} | ({checkpoint.EMA: self.ema} if self.ema else {})
+        states = {name: EngineState(engine) for name, engine in self.stage.engines.items()}
+        states |= {checkpoint.EMA: self.ema} if self.ema else {}
         self.checkpoints = checkpoint.Checkpoints(self.run, recipe, states, inputs.video, self.mesh)
         if inputs.resume_from:
             self.checkpoints.load(inputs.resume_from)
         if self.mesh.is_first:
             checkpoint.write_whole(self.run / "recipe.yaml", dump_recipe(recipe))
         if self.validation and recipe.validation.teacher_steps:
-            self.validation.meet_teacher(score_model)
+            self.validation.meet_teacher(teacher)
         self.best_score = checkpoint.best_score(self.run, recipe)
         self.skipped = SkippedUpdates(self.run, recipe.max_skipped_updates, self.mesh.rank)
         self.monitor = Monitor(self.run, recipe, self.first_step, writes=self.mesh.is_first)
@@ -99,7 +90,8 @@ class Trainer:
         guidance_B = None
         if self.embedded_guidance is not None:
             guidance_B = torch.full((len(mine),), self.embedded_guidance, device=device)
-        return Batch(places, embeds_BLD.to(device), shape, latents_BCTHW, condition_of(self.dataset, mine, device), guidance_B)
+        prompts = [self.dataset.about[index]["caption"] for index in mine]
+        return Batch(places, prompts, embeds_BLD.to(device), shape, latents_BCTHW, condition_of(self.dataset, mine, device), guidance_B)
 
     def train(self) -> None:
         """To the last step, or until something asks for an end; then the last checkpoint is whole."""
@@ -114,23 +106,13 @@ class Trainer:
     def step(self, step: int) -> tuple[Metrics, list[Batch]]:
         self.mesh.mark(f"step {step + 1}: batch")
         batches = self.batches(step)
-        if step < self.recipe.regression.steps:
-            self.mesh.mark(f"step {step + 1}: regression")
-            metrics = self.regression.generator_step(batches, step)
-            self.average()
-            return metrics, batches
         metrics = {}
-        if self.recipe.is_generator_due(step):
-            self.mesh.mark(f"step {step + 1}: generator")
-            metrics |= self.dmd2.generator_step(batches, step)
-            self.average()
-        self.mesh.mark(f"step {step + 1}: fake score")
-        metrics |= self.dmd2.fake_score_step(batches, step)
+        for turn in self.stage.turns(step):
+            self.mesh.mark(f"step {step + 1}: {turn.name}")
+            metrics |= turn.take(batches, step)
+            if turn.engine == GENERATOR and self.ema:
+                self.ema.update()
         return metrics, batches
-
-    def average(self) -> None:
-        if self.ema:
-            self.ema.update()
 
     def after(self, step: int, metrics: Metrics, batches: list[Batch], stopping: Stopping) -> bool:
         """Validates, logs and saves, after `step` steps; whether the run ends with it."""
@@ -138,13 +120,13 @@ class Trainer:
         asked = stopping.reason
         numbers, stops, written = self.over_ranks(metrics, asked is not None, self.checkpoints.is_written_here)
         score, is_best = None, False
-        if warning := self.skipped.look(step, numbers, batches, [self.captions(step, batch) for batch in batches]):
+        if warning := self.skipped.look(step, numbers, batches, [batch.prompts for batch in batches]):
             self.monitor.warn(step, warning)
         if written == self.mesh.world_size:
             self.checkpoints.finish()
         if self.validation and (last or step % self.recipe.validation.every == 0):
             self.mesh.mark(f"step {step}: validation")
-            look = self.validation.look(self.engines["generator"].module, self.ema, self.run / "samples" / f"step_{step:06d}")
+            look = self.validation.look(self.stage.engines[GENERATOR].module, self.ema, self.run / "samples" / f"step_{step:06d}")
             numbers, score = numbers | look.numbers, look.score
             is_best = score is not None and (self.best_score is None or score < self.best_score)
             for warning in look.warnings:
@@ -159,10 +141,6 @@ class Trainer:
             stopping.heeded()
             self.monitor.say(f"stopped after step {step}, saved: {asked or 'another rank was asked to'}; the same command goes on")
         return bool(stops)
-
-    def captions(self, step: int, batch: Batch) -> list[str]:
-        _, indices = self.order(step - 1)
-        return [self.dataset.about[indices[place]]["caption"] for place in batch.samples]
 
     def over_ranks(self, metrics: Metrics, *flags: bool) -> tuple[dict[str, float], *tuple[int, ...]]:
         """Means of the ranks' numbers, and on how many of them each flag stands: one collective and one synchronisation."""

@@ -28,9 +28,8 @@ from dmd_ds.parallel.ema import ShardedEMA
 from dmd_ds.parallel.mesh import Mesh
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Recipe, find_file
-from dmd_ds.sampler import few_step_schedule, few_step_x0, guided, scheduler_sample
+from dmd_ds.sampler import Velocity, few_step_schedule, few_step_x0, guided, scheduler_sample
 from dmd_ds.wan.autoencoder import decode, load_autoencoder
-from dmd_ds.wan.discriminator import ScoreModel
 from dmd_ds.wan.image import condition_of
 
 TRAINED, EMA, TEACHER, UNDISTILLED = "trained", "ema", "teacher", "undistilled"
@@ -64,8 +63,11 @@ def check_validation(recipe: Recipe, model: Path) -> None:
         if validation.prompts < 2:
             raise UserError(f"validation.prompts={validation.prompts}: a Fréchet distance to validation.reference takes at least 2")
         moving_shapes.read_features(find_file("validation.reference", validation.reference))
+    if not recipe.is_few_step and not validation.teacher_steps:
+        raise UserError(f"validation.teacher_steps=0: a generator of stage={recipe.stage} samples in as many steps as its teacher")
     if validation.teacher_steps:
-        load_scheduler(model)
+        if recipe.stage != "reward":  # which is compared with its start
+            load_scheduler(model)
     elif validation.keep_best and validation.reference is None:
         raise UserError("validation.keep_best=true compares by validation.reference or, with validation.teacher_steps, by drift; give one")
 
@@ -104,6 +106,7 @@ class Validation:
             self.reference_NF = moving_shapes.read_features(find_file("validation.reference", self.settings.reference))
         self.folder = Path(recipe.output_dir) / "samples"
         self.teacher: Measures | None = None
+        self.kept: list[str] = []  # whose videos lie beside the student's
 
     # ---- sampling: every rank makes the same number of forwards ----
 
@@ -119,6 +122,7 @@ class Validation:
             indices, device = [self.chosen[place] for place in places], self.mesh.device
             yield Batch(
                 samples=places,
+                prompts=[self.dataset.about[index]["caption"] for index in indices],
                 prompt_embeds_BLD=pad_embeds([self.dataset.prompt_embeds(index) for index in indices], self.prompt_tokens).to(device),
                 latents_shape=self.shape,
                 latents_BCTHW=None,
@@ -130,23 +134,35 @@ class Validation:
         return self.randomness.normal(f"validation/{k}", 0, part.samples, self.shape, self.mesh.device)
 
     def by_generator(self, generator: nn.Module) -> Callable[[Batch], torch.Tensor]:
+        """As it is trained to sample; one that is not trained for that samples as the teacher does."""
+
         def latents(part: Batch) -> torch.Tensor:
-            return few_step_x0(part.velocity_of(generator), lambda k: self.noise(part, k), self.schedule, self.schedule.steps - 1)
+            sample = self.in_few_steps if self.recipe.is_few_step else self.as_teacher
+            return sample(part, part.velocity_of(generator))
 
         return latents
 
-    def by_teacher(self, score_model: ScoreModel) -> Callable[[Batch], torch.Tensor]:
+    def in_few_steps(self, part: Batch, velocity: Velocity) -> torch.Tensor:
+        return few_step_x0(velocity, lambda k: self.noise(part, k), self.schedule, self.schedule.steps - 1)
+
+    def as_teacher(self, part: Batch, velocity: Velocity) -> torch.Tensor:
+        return scheduler_sample(velocity, load_scheduler(self.model), self.settings.teacher_steps, self.noise(part, 0))
+
+    def by_start(self, generator: nn.Module) -> Callable[[Batch], torch.Tensor]:
+        """By the generator as it was before rewards."""
+        return lambda part: self.in_few_steps(part, part.start_velocity_of(generator))
+
+    def by_teacher(self, score_model: nn.Module) -> Callable[[Batch], torch.Tensor]:
         """By the score model's frozen base, guided, from the noise that the generator starts from."""
         negative_1LD = pad_embeds([self.dataset.negative_embeds_LD], self.prompt_tokens).to(self.mesh.device)
 
         def latents(part: Batch) -> torch.Tensor:
             conditional, unconditional = part.real_velocity_of(score_model), part.real_velocity_of(score_model, negative_1LD)
-            field = guided(conditional, unconditional, self.two_pass_guidance)
-            return scheduler_sample(field, load_scheduler(self.model), self.settings.teacher_steps, self.noise(part, 0))
+            return self.as_teacher(part, guided(conditional, unconditional, self.two_pass_guidance))
 
         return latents
 
-    def by_undistilled(self, score_model: ScoreModel) -> Callable[[Batch], torch.Tensor]:
+    def by_undistilled(self, score_model: nn.Module) -> Callable[[Batch], torch.Tensor]:
         """By the same base, sampled as the generator is: what the generator makes before its first step."""
 
         def latents(part: Batch) -> torch.Tensor:
@@ -181,10 +197,11 @@ class Validation:
 
     # ---- the teacher and the undistilled model, once a run ----
 
-    def meet_teacher(self, score_model: ScoreModel) -> None:
+    def meet_teacher(self, model: nn.Module) -> None:
         """Makes and measures the teacher's videos and the undistilled model's, or reads what was measured before.
 
-        Every rank calls it, before the first look.
+        Every rank calls it, before the first look. Rewards have no teacher: what the generator made without its adapter takes
+        that place.
         """
         made_for = {
             "model": self.recipe.model.path,
@@ -199,7 +216,9 @@ class Validation:
         kept = read_json(file) if self.mesh.is_first and file.is_file() else None
         kept = self.mesh.all_gather_objects(kept)[0]  # what the first rank sees, all go by
         if kept is None or kept["made_for"] != made_for:
-            seen = {TEACHER: self.see(self.by_teacher(score_model)), UNDISTILLED: self.see(self.by_undistilled(score_model))}
+            seen = {TEACHER: self.see(self.by_start(model) if self.recipe.stage == "reward" else self.by_teacher(model))}
+            if self.recipe.stage in ("dmd2", "regression"):
+                seen[UNDISTILLED] = self.see(self.by_undistilled(model))
             if self.mesh.is_first:
                 for name, videos in seen.items():
                     (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -210,6 +229,7 @@ class Validation:
                 kept = {"made_for": made_for, "measures": dataclasses.asdict(teacher), "numbers": numbers}
                 write_whole(file, json.dumps(kept, indent=1) + "\n")
             kept = self.mesh.all_gather_objects(kept)[0]
+        self.kept = list(kept["numbers"])
         self.teacher = Measures(**{name: tuple(m) if isinstance(m, list) else m for name, m in kept["measures"].items()})
 
     def kept_videos(self, name: str) -> list[np.ndarray]:
@@ -260,7 +280,7 @@ class Validation:
         return {what: float(number) for what, number in found.items()}
 
     def show(self, seen: dict[str, list[Seen]], folder: Path) -> None:
-        columns = {name: self.kept_videos(name) for name in (TEACHER, UNDISTILLED)} if self.teacher else {}
+        columns = {name: self.kept_videos(name) for name in self.kept}
         columns |= {name: shown(videos) for name, videos in seen.items()}
         if not columns[TRAINED]:
             return

@@ -4,6 +4,7 @@
     python inference/generate.py --model outputs/demo/student --prompt "a red circle moving sideways" --out videos
     python inference/generate.py --model outputs/demo/student --prompts prompts.txt --out videos [--seed N]
     python inference/generate.py --model STUDENT --prompts prompts.txt --image first_frame.png --out videos
+    python inference/generate.py --model outputs/tiny_reward --lora-scale 0.5 ...    # a checkpoint, with half of its adapter
     deepspeed --num_gpus 8 inference/generate.py ... --ulysses 8     # the tokens of each video over 8 GPUs
 
 Prompts are lines of a .txt, or of a .jsonl: {"prompt": "...", "image": "a.png", "seed": 7}. Sample i has the seed N + i and
@@ -25,12 +26,13 @@ from dmd_ds.checkpoint import write_whole
 from dmd_ds.commands import command_parser
 from dmd_ds.data.video import contact_sheet, read_image, read_video, write_video
 from dmd_ds.errors import UserError, one_line_errors, read_jsonl, read_text
-from dmd_ds.generation import Settings, VideoModel, fingerprint, inference_dtype, read_settings
+from dmd_ds.generation import Settings, VideoModel, inference_dtype
 from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.mesh import Mesh, check_degrees, joined
 from dmd_ds.recipe import Parallel
+from dmd_ds.source import find_source
 from dmd_ds.wan.autoencoder import decode
-from dmd_ds.wan.weights import find_model, takes_image, transformer_config
+from dmd_ds.wan.weights import takes_image, transformer_config
 
 GIVEN = {"steps": int, "guidance": float, "frames": int, "height": int, "width": int, "fps": float}  # options that override a model's own
 ON_THE_SHEET = 16  # videos of a contact sheet
@@ -94,12 +96,14 @@ def check_images(jobs: list[Job], model: str, config: dict, settings: Settings) 
         read_image(image, settings.height, settings.width)
 
 
-def generate(model: VideoModel, jobs: list[Job], out: Path, settings: Settings, batch_size: int, negative_prompt: str, mesh: Mesh) -> int:
-    """Makes what is not there yet, on all ranks of the job; returns how many videos were made."""
+def generate(
+    model: VideoModel, mark: str, jobs: list[Job], out: Path, settings: Settings, batch_size: int, negative_prompt: str, mesh: Mesh
+) -> int:
+    """Makes what is not there yet, on all ranks of the job; returns how many videos were made. `mark`: of the model's weights."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file, not a folder")
     out.mkdir(parents=True, exist_ok=True)
-    names = [job.name(index, settings, fingerprint(model.folder), negative_prompt) for index, job in enumerate(jobs)]
+    names = [job.name(index, settings, mark, negative_prompt) for index, job in enumerate(jobs)]
     there = mesh.all_gather_objects({name for name in names if (out / name).exists()})[0]  # what one sees, all go by
     todo = [(name, job) for name, job in zip(names, jobs, strict=True) if name not in there]
     starts = range(mesh.data_rank * batch_size, len(todo), mesh.data_size * batch_size)
@@ -139,7 +143,8 @@ def write_manifest(manifest: Path, by_file: dict[str, dict]) -> None:
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("--model", required=True, help="diffusers Wan folder, student or teacher, or the name of a shipped one")
+    parser.add_argument("--model", required=True, help="diffusers Wan folder, the name of a shipped one, a run or a checkpoint")
+    parser.add_argument("--lora-scale", type=float, metavar="S", help="of a checkpoint's adapter, where it was trained as LoRA")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="one prompt")
     prompts.add_argument("--prompts", metavar="FILE", type=Path, help="a .txt or .jsonl of prompts")
@@ -160,15 +165,15 @@ def main() -> None:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be at least 1")
         jobs = [Job(a.prompt, a.seed, a.image)] if a.prompts is None else read_jobs(a.prompts, a.seed, a.image)
         parallel = Parallel(ulysses=a.ulysses, ring=a.ring)
-        folder = find_model(a.model)
-        config = transformer_config(folder)
+        source = find_source(a.model, lora_scale=a.lora_scale)
+        config = transformer_config(source.folder)
         check_degrees(parallel, config["num_attention_heads"])
-        settings = read_settings(folder).changed(**{name: getattr(a, name) for name in GIVEN})
+        settings = source.settings.changed(**{name: getattr(a, name) for name in GIVEN})
         check_images(jobs, a.model, config, settings)
         with joined(parallel) as mesh:
-            model = VideoModel(a.model, mesh.device, SequenceParallel(mesh, inference_dtype(mesh.device)))
+            model = source.load(mesh.device, SequenceParallel(mesh, inference_dtype(mesh.device)))
             model.latents_shape(settings)
-            made = generate(model, jobs, a.out, settings, a.batch_size, a.negative_prompt, mesh)
+            made = generate(model, source.mark, jobs, a.out, settings, a.batch_size, a.negative_prompt, mesh)
     if mesh.is_first:
         print(f"{a.out}: {made} videos made, {len(jobs) - made} were there")
 

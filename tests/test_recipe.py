@@ -53,6 +53,37 @@ def test_a_wrong_override_is_one_line_that_names_the_key(override, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+REWARD = ["stage=reward", "fake_score=null", "generator.lora_rank=4", "reward.rewards={a: 1}"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["stage=cfg_distill"], "fake_score: stage=cfg_distill has no use for this section"),
+        (["stage=regression", "fake_score=null", "gan.generator_weight=1"], "gan: stage=regression has no use for this section"),
+        (["cfg_distill.guidance_max=3"], "cfg_distill: stage=dmd2 has no use for this section"),
+        (["fake_score=null"], "the key fake_score is missing"),
+        ([*REWARD[:3]], "the key reward.rewards is missing"),
+        ([*REWARD, "generator.lora_rank=null"], "generator.lora_rank=None: stage=reward trains an adapter"),
+        ([*REWARD, "model.guidance_embedding=true"], "model.guidance_embedding=True: stage=reward trains an adapter alone"),
+        ([*REWARD, "reward.steps=5"], "reward.steps=5: are of sampling.steps=4"),
+        ([*REWARD, "reward.rewards={a: much}"], "reward.rewards.a"),
+        (["stage=regression", "fake_score=null", "regression.steps=2"], "regression.steps=2: of a warm-up of DMD2"),
+        (["regression.target=half_step"], "regression.target=half_step: of steps along the velocity, give sampling.solver=ode"),
+        (["stage=dmd3"], "stage='dmd3': input should be 'cfg_distill', 'regression', 'dmd2' or 'reward'"),
+    ],
+)
+def test_a_section_that_the_stage_would_pass_over_or_lacks_is_named(overrides, message):
+    with pytest.raises(UserError) as error:
+        load_recipe("tiny", overrides)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_guidance_range_that_is_none_is_refused():
+    with pytest.raises(UserError, match="cfg_distill.guidance_max=2: is below guidance_min=3"):
+        load_recipe("tiny_cfg_distill", ["cfg_distill.guidance_min=3", "cfg_distill.guidance_max=2"])
+
+
 def test_activations_are_offloaded_only_where_they_are_checkpointed():
     assert load_recipe("tiny", ["activation_offload=true"]).activation_offload
     with pytest.raises(UserError, match="activation_offload=True: .*needs activation_checkpointing=true"):

@@ -13,11 +13,16 @@ Paths are relative to the file that names them. A broken clip is named, counted 
 width) a clip goes to the one that loses least of it; training takes each step's samples from one size.
 """
 
+import collections
 import dataclasses
+import itertools
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -74,11 +79,48 @@ def list_clips(source: Path) -> list[Clip]:
     return [parse_clip(where, record, source.parent, *keys) for where, record in records]
 
 
-def encode_videos(source: Path, out: Path, model: Path, sizes: list[VideoSize], fps: float, negative: str) -> int:
+def read_ahead(clips: list[Clip], sizes: list[VideoSize], fps: float, workers: int) -> Iterator[tuple[Clip, np.ndarray]]:
+    """Each clip with its frames `[T, H, W, 3]`, in order, decoded by so many threads while others are encoded; broken ones are
+    named on stderr and left out."""
+
+    def read(clip: Clip) -> np.ndarray | UserError:
+        try:
+            size = best_size(sizes, size_of_film(clip.path, fps)) if len(sizes) > 1 else sizes[0]
+            return read_video(clip.path, *size, fps)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: collections.deque[tuple[Clip, Future]] = collections.deque()
+        coming = iter(tqdm(clips, desc="encoding", unit="clip", file=sys.stderr, mininterval=5))
+        while True:
+            ahead.extend((clip, pool.submit(read, clip)) for clip in itertools.islice(coming, workers + 1 - len(ahead)))
+            if not ahead:
+                return
+            clip, frames = ahead.popleft()
+            if isinstance(frames.result(), UserError):
+                print(f"skipped: {frames.result()}", file=sys.stderr)
+            else:
+                yield clip, frames.result()
+
+
+def in_batches(read: Iterable[tuple[Clip, np.ndarray]], most: int) -> Iterator[list[tuple[Clip, np.ndarray]]]:
+    """Neighbours of one shape together, at most so many."""
+    for _, alike in itertools.groupby(read, key=lambda one: one[1].shape):
+        while batch := list(itertools.islice(alike, most)):
+            yield batch
+
+
+def encode_videos(
+    source: Path, out: Path, model: Path, sizes: list[VideoSize], fps: float, negative: str, workers: int = 2, batch: int = 1
+) -> int:
     """Writes the dataset and returns how many clips it holds; skipped ones are named on stderr."""
     clips = list_clips(source)
     if not fps > 0:
         raise UserError(f"--fps {fps}: must be above 0")
+    for name, value in (("--workers", workers), ("--batch", batch)):
+        if value < 1:
+            raise UserError(f"{name} {value}: must be at least 1")
     for size in sizes:
         latents_shape(size, transformer_config(model), f"--sizes {size}: ")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -91,30 +133,19 @@ def encode_videos(source: Path, out: Path, model: Path, sizes: list[VideoSize], 
     shutil.rmtree(unfinished, ignore_errors=True)
     writer = LatentsWriter(unfinished, fps, encode_prompts(text, [negative])[0])
     embeds, written = {}, 0
-    for clip in tqdm(clips, desc="encoding", unit="clip", file=sys.stderr, mininterval=5):
-        try:
-            size = best_size(sizes, size_of_film(clip.path, fps)) if len(sizes) > 1 else sizes[0]
-            video_THW3 = read_video(clip.path, *size, fps)
-        except UserError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        if clip.caption not in embeds:
-            embeds[clip.caption] = encode_prompts(text, [clip.caption])[0]
-        pixels = torch.from_numpy(video_THW3).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        first_frame = None
-        if image_encoder:
-            first_frame = show_first_frame(image_encoder, vae, video_THW3[0], len(video_THW3)).to(stored)
-        writer.add(
-            encode(vae, pixels)[0].to(stored).cpu(),
-            embeds[clip.caption],
-            first_frame,
-            caption=clip.caption,
-            source=clip.path.name,
-            frames=len(video_THW3),
-            height=size.height,
-            width=size.width,
-        )
-        written += 1
+    for together in in_batches(read_ahead(clips, sizes, fps, workers), batch):
+        new = list(dict.fromkeys(clip.caption for clip, _ in together if clip.caption not in embeds))
+        embeds |= zip(new, encode_prompts(text, new), strict=True) if new else {}
+        pixels = torch.stack([torch.from_numpy(video_THW3).permute(3, 0, 1, 2) for _, video_THW3 in together])
+        latents_BCTHW = encode(vae, pixels.float() / 127.5 - 1).to(stored).cpu()
+        for (clip, video_THW3), latents_CTHW in zip(together, latents_BCTHW, strict=True):
+            first_frame = None
+            if image_encoder:
+                first_frame = show_first_frame(image_encoder, vae, video_THW3[0], len(video_THW3)).to(stored)
+            frames, height, width = video_THW3.shape[:3]
+            about = {"caption": clip.caption, "source": clip.path.name, "frames": frames, "height": height, "width": width}
+            writer.add(latents_CTHW, embeds[clip.caption], first_frame, **about)
+        written += len(together)
     if not written:
         shutil.rmtree(unfinished)
         raise UserError(f"{source}: none of the {len(clips)} clips could be read")
@@ -132,9 +163,12 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["81x480x832"], metavar="FRAMESxHEIGHTxWIDTH", help="(default: 81x480x832)")
     parser.add_argument("--fps", type=float, default=16, help="frames a second that are taken of a clip (default: %(default)s)")
     parser.add_argument("--negative-prompt", default="", help="what guidance pushes away from (default: empty)")
+    parser.add_argument("--workers", type=int, default=2, help="threads that decode clips ahead (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="neighbouring clips of one size that the VAE takes at once (default: 1)")
     a = parser.parse_args()
     with one_line_errors():
-        encode_videos(a.clips, a.out, find_model(a.model), [VideoSize.parse(size) for size in a.sizes], a.fps, a.negative_prompt)
+        sizes = [VideoSize.parse(size) for size in a.sizes]
+        encode_videos(a.clips, a.out, find_model(a.model), sizes, a.fps, a.negative_prompt, a.workers, a.batch)
 
 
 if __name__ == "__main__":

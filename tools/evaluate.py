@@ -31,9 +31,11 @@ from dmd_ds.generation import inference_dtype
 from dmd_ds.parallel.attention import SequenceParallel
 from dmd_ds.parallel.mesh import check_degrees, joined
 from dmd_ds.recipe import Parallel
+from dmd_ds.rewards import find_reward
 from dmd_ds.source import Source, find_source
 from dmd_ds.vbench import check_made_with, read_prompts, wanted, write_videos
-from dmd_ds.wan.weights import transformer_config
+from dmd_ds.wan.guidance import has_guidance_embedding
+from dmd_ds.wan.weights import transformer_config, transformer_tensors
 
 SIZE = ("frames", "height", "width")
 
@@ -44,9 +46,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the folder for what is found")
     parser.add_argument("--teacher", help="folder or name of the model they come from")
     parser.add_argument("--teacher-guidance", type=float, metavar="W", help="default: what its folder says, else Wan2.1's own")
+    parser.add_argument("--guidance", type=float, metavar="W", help="that guidance-embedded students are told; default: as trained")
+    parser.add_argument("--lora-scale", type=float, metavar="S", help="of the adapters of checkpoints that were trained as LoRA")
     parser.add_argument("--steps", type=int, nargs="+", metavar="N", help="default: each student's own")
     parser.add_argument("--weights", choices=["ema", "trained"], help="of checkpoints (default: ema where there is one)")
     parser.add_argument("--prompts", type=int, default=256, metavar="N", help="videos a row, over all captions (default: %(default)s)")
+    parser.add_argument("--held-back", action="store_true", help="over the captions that tiny-wan was never shown, instead of all")
+    parser.add_argument("--rewards", nargs="+", default=[], metavar="NAME", help="also the means of these, as a recipe names them")
     parser.add_argument("--seed", type=int, default=1000, help="of the first video; the next has the next (default: %(default)s)")
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="features of the guided teacher's videos (default: tiny-wan's)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="videos made at once (default: 27, with --vbench 1)")
@@ -81,12 +87,19 @@ def check(a: argparse.Namespace) -> None:
         raise UserError(f"--out {a.out}: is a file, not a folder")
 
 
+def takes_guidance(source: Source) -> bool:
+    """Whether a guidance is told to the model itself."""
+    return source.student.takes_guidance if source.student else has_guidance_embedding(transformer_tensors(source.folder))
+
+
 def measure_shapes(a: argparse.Namespace, sources: list[Source]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    evaluator = Evaluator(caption_list(a.prompts), a.seed, a.out / "cache", device, a.batch_size)
+    captions = moving_shapes.HELD_BACK if a.held_back else moving_shapes.CAPTIONS
+    rewards = {name: find_reward(name) for name in a.rewards}
+    evaluator = Evaluator(caption_list(a.prompts, captions), a.seed, a.out / "cache", device, a.batch_size, rewards)
     own = sources[0].settings
     size = {name: getattr(a, name) or getattr(own, name) for name in SIZE}
-    students = [(source, source.settings.changed(**size)) for source in sources]
+    students = [(source, source.settings.changed(guidance=a.guidance, **size)) for source in sources]
     teacher = None
     if a.teacher:
         source = find_source(a.teacher)
@@ -101,7 +114,7 @@ def measure_shapes(a: argparse.Namespace, sources: list[Source]) -> None:
         reference_NF, reference = None, None
     lines = lines_of(rows, reference_NF)
 
-    text = table(lines, (*COLUMNS, *COMPARED) if teacher else COLUMNS)
+    text = table(lines, (*COLUMNS, *(COMPARED if teacher else ()), *rewards))
     write_whole(a.out / "table.txt", text + "\n")
     report = {"prompts": a.prompts, "seed": a.seed, **size, "reference": reference}
     report["rows"] = [{"kind": row.kind, "model": row.model, "steps": row.steps, **lines[row.title]} for row in rows]
@@ -115,7 +128,7 @@ def measure_shapes(a: argparse.Namespace, sources: list[Source]) -> None:
 
 def write_for_vbench(a: argparse.Namespace, source: Source) -> None:
     prompts = read_prompts(a.vbench)
-    settings = source.settings.changed(steps=a.steps and a.steps[0], **{name: getattr(a, name) for name in SIZE})
+    settings = source.settings.changed(steps=a.steps and a.steps[0], guidance=a.guidance, **{name: getattr(a, name) for name in SIZE})
     made_with = {"model": source.mark, "seed": a.seed, "samples": a.samples, **settings.model_dump(mode="json")}
     check_made_with(a.out, made_with)
     parallel = Parallel(ulysses=a.ulysses, ring=a.ring)
@@ -133,7 +146,10 @@ def main() -> None:
     a = parse()
     with one_line_errors():
         check(a)
-        sources = [find_source(name, a.weights) for name in a.models]
+        sources = [find_source(name, a.weights, a.lora_scale) for name in a.models]
+        for source in sources if a.guidance is not None else ():
+            if not takes_guidance(source):
+                raise UserError(f"--guidance {a.guidance}: {source.name} has no guidance embedding, it cannot be told")
         if a.vbench:
             write_for_vbench(a, sources[0])
         else:

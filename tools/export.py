@@ -6,8 +6,8 @@
 diffusers: a whole pipeline. wan: config.json and weights under the original names. comfyui: one file for
 models/diffusion_models. lora, for load_lora_weights and ComfyUI: the adapter where the generator was trained as one, which the
 others hold merged in, else the difference to the base at --rank; prints what that leaves.
-A guidance embedding, which only wan's folders can hold, is folded in the others, at the guidance it was trained at or at
---fold-guidance.
+A guidance embedding is kept by wan, and by diffusers where the stage was cfg_distill: such a folder is what DMD2 starts from. Else
+it is folded, at the guidance it was trained at or at --fold-guidance. --lora-scale takes more or less of an adapter than was trained.
 """
 
 from pathlib import Path
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--format", choices=[*FORMATS, "lora"], default="diffusers", help="(default: %(default)s)")
     parser.add_argument("--rank", type=int, help="of the LoRA of a generator that was trained whole (default: 64)")
     parser.add_argument("--fold-guidance", type=float, metavar="W", help="the guidance that a guidance-embedded student is fixed to")
+    parser.add_argument("--lora-scale", type=float, metavar="S", help="of the adapter of one that was trained as LoRA; 1 is as trained")
     parser.add_argument("--model", help="the base model's folder, where it is not at the recipe's model.path any more")
     parser.add_argument("--weights", choices=["ema", "trained"], help="the average or the trained ones (default: ema where there is one)")
     a = parser.parse_args()
@@ -34,6 +35,8 @@ def main() -> None:
         if a.rank is not None and a.rank < 1:
             raise UserError(f"--rank {a.rank}: must be at least 1")
         student = find_student(a.checkpoint, a.model, a.weights)
+        if a.lora_scale is not None:
+            student = student.scaled(a.lora_scale)
         own_rank = student.recipe.generator.lora_rank
         if a.rank is not None and own_rank is not None:
             raise UserError(f"--rank {a.rank}: {a.checkpoint} was trained as LoRA of rank {own_rank}; leave --rank out")

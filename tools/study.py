@@ -37,7 +37,8 @@ from dmd_ds.commands import command_parser
 from dmd_ds.data import moving_shapes
 from dmd_ds.errors import RunError, UserError, one_line_errors, read_text
 from dmd_ds.evaluation import REFERENCE, Evaluator, caption_list, compare, lines_of
-from dmd_ds.recipe import REPOSITORY, Recipe, Section, Seed, load_recipe, nearest, parse_yaml, validated
+from dmd_ds.recipe import REPOSITORY, Recipe, load_recipe, nearest, parse_yaml, validated
+from dmd_ds.section import Section, Seed
 from dmd_ds.source import find_source
 
 STUDIES = REPOSITORY / "tools" / "studies"

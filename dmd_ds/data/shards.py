@@ -13,7 +13,8 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
 from dmd_ds.errors import UserError, parse_json, read_json_mapping, read_jsonl
-from dmd_ds.recipe import NotNegative, Positive, Section, validated
+from dmd_ds.recipe import validated
+from dmd_ds.section import NotNegative, Positive, Section
 
 FORMAT = "dmd_ds latents 2"
 WITHOUT_CHECKSUMS = "dmd_ds latents 1"

@@ -23,6 +23,7 @@ class Batch:
     """What one backward pass is computed on. `samples` are the places of these samples in the global batch: they key every draw."""
 
     samples: list[int]
+    prompts: list[str]
     prompt_embeds_BLD: torch.Tensor
     latents_shape: tuple[int, int, int, int]  # [C, T, H, W]
     latents_BCTHW: torch.Tensor | None  # the dataset's own, where training looks at them
@@ -33,6 +34,11 @@ class Batch:
         """The generator's velocity under this batch's conditions."""
         return lambda x, sigma_B: model(x, sigma_B, self.prompt_embeds_BLD, guidance_B=self.guidance_B, image=self.image)
 
+    def start_velocity_of(self, model: torch.nn.Module) -> Velocity:
+        """That of a generator without the adapter that it trains."""
+        none_B = torch.zeros(len(self.samples), device=self.prompt_embeds_BLD.device)
+        return lambda x, sigma_B: model(x, sigma_B, self.prompt_embeds_BLD, none_B, self.guidance_B, self.image)
+
     def conditions(self, times: int) -> dict[str, torch.Tensor | ImageCondition | None]:
         """The arguments of a score model that is shown this batch's samples so many times over, under their own prompts."""
         return {
@@ -42,7 +48,7 @@ class Batch:
         }
 
     def real_velocity_of(self, score_model: ScoreModel, text_1LD: torch.Tensor | None = None) -> Velocity:
-        """The velocity of the score model's frozen base, under these samples' prompts or one other text."""
+        """The velocity of a score model's frozen base, under these samples' prompts or one other text."""
         embeds_BLD = self.prompt_embeds_BLD if text_1LD is None else text_1LD.expand(len(self.samples), -1, -1)
         none_B = torch.zeros(len(self.samples), device=embeds_BLD.device)
         return lambda x, sigma_B: score_model(x, sigma_B, embeds_BLD, none_B, self.guidance_B, self.image).velocity_BCTHW

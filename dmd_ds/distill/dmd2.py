@@ -16,18 +16,16 @@ import torch
 from dmd_ds import flow
 from dmd_ds.distill import losses
 from dmd_ds.distill.batch import Batch, Metrics, step_engine
-from dmd_ds.distill.losses import flow_matching_loss, guided_x0
+from dmd_ds.distill.levels import score_sigmas
+from dmd_ds.distill.losses import flow_matching_loss, guided_prediction
+from dmd_ds.distill.regression import Regression
 from dmd_ds.distill.rollout import noised_data, rollout
+from dmd_ds.distill.stage import FAKE_SCORE, GENERATOR, Stage, Turn
+from dmd_ds.parallel.engine import hold_weights, let_weights_go
 from dmd_ds.randomness import Randomness
-from dmd_ds.recipe import Recipe, Score
+from dmd_ds.recipe import Recipe
 from dmd_ds.sampler import Velocity, few_step_schedule
 from dmd_ds.wan.discriminator import ScoreModel
-
-
-def score_sigmas(uniform_B: torch.Tensor, score: Score, lowest: float = 0.0) -> torch.Tensor:
-    """Noise levels for the scores: uniform numbers, shifted, from `lowest` up, kept within the recipe's range."""
-    lowest_uniform = flow.shift_sigma(lowest, 1 / score.shift)  # which the shift moves to `lowest`
-    return flow.shift_sigma(lowest_uniform + (1 - lowest_uniform) * uniform_B, score.shift).clamp(score.sigma_min, score.sigma_max)
 
 
 def x0_of_scores(
@@ -55,11 +53,11 @@ def x0_of_scores(
     velocity = score_model(x, sigma, adapter_weight_B=adapter_weight.flatten(), **conditions).velocity_BCTHW
     fake, real, *unconditional = flow.x0_from_velocity(x, velocity, sigma).chunk(parts)
     if unconditional:
-        real = guided_x0(real, unconditional[0], torch.where(sigma_B <= guidance_below, guidance, 1.0))
+        real = guided_prediction(real, unconditional[0], torch.where(sigma_B <= guidance_below, guidance, 1.0))
     return real, fake
 
 
-class DMD2Engine:
+class DMD2Engine(Stage):
     """Coordinates the two engines. `negative_embeds_1LD` is the text that guidance pushes away from.
 
     `two_pass_guidance`: how far it pushes; 1 where the real score has its guidance from an embedding, in one pass.
@@ -76,6 +74,7 @@ class DMD2Engine:
         device: torch.device,
     ):
         self.recipe = recipe
+        self.engines = {GENERATOR: generator, FAKE_SCORE: fake_score}
         self.generator = generator
         self.fake_score = fake_score
         self.negative_embeds_1LD = negative_embeds_1LD
@@ -83,6 +82,14 @@ class DMD2Engine:
         self.device = device
         self.randomness = Randomness(recipe.seed)
         self.schedule = few_step_schedule(recipe.sampling)
+        self.warm_up = Regression(recipe, generator, fake_score.module, negative_embeds_1LD, two_pass_guidance, device)
+
+    def turns(self, step: int) -> list[Turn]:
+        """The generator when it is due, then the fake score; in the warm-up the generator alone."""
+        if step < self.recipe.regression.steps:
+            return self.warm_up.turns(step)
+        fake_score = Turn(FAKE_SCORE, "fake score", self.fake_score_step)
+        return [Turn(GENERATOR, "generator", self.generator_step), fake_score] if self.recipe.is_generator_due(step) else [fake_score]
 
     def exit_step(self, step: int, purpose: str) -> int:
         """The step of the rollout whose x0 is trained on, the same on all ranks."""
@@ -99,9 +106,26 @@ class DMD2Engine:
         def noise(k: int) -> torch.Tensor:
             return self.randomness.normal(f"{purpose}/rollout{k}", step, batch.samples, batch.latents_shape, self.device)
 
+        def last_velocity(x_BCTHW, sigma_B):
+            let_weights_go(self.generator.module)
+            self.hold_for_backward(self.generator)
+            return velocity_at_exit(x_BCTHW, sigma_B)
+
         if self.recipe.rollout.input == "data":
-            return noised_data(batch.latents_BCTHW, velocity_at_exit, noise, self.schedule, exit_step)
-        return rollout(batch.velocity_of(self.generator.module), velocity_at_exit, noise, self.schedule, exit_step)
+            return noised_data(batch.latents_BCTHW, last_velocity, noise, self.schedule, exit_step)
+        if self.recipe.parallel.gather != "each":
+            hold_weights(self.generator.module)
+        return rollout(batch.velocity_of(self.generator.module), last_velocity, noise, self.schedule, exit_step)
+
+    def hold_for_backward(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        """Before a forward: where the recipe says so, its weights stay whole until `backward`."""
+        if self.recipe.parallel.gather == "update" and torch.is_grad_enabled():
+            hold_weights(engine.module)
+
+    def backward(self, engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> None:
+        let_weights_go(engine.module)
+        engine.backward(loss)
+        engine.step()
 
     def noised(self, x0_BCTHW: torch.Tensor, batch: Batch, step: int, purpose: str):
         """The samples at a noise level that the scores look at: (noised latents, noise, sigma)."""
@@ -134,8 +158,7 @@ class DMD2Engine:
             gan_loss, dgan_dx0 = self.gan_for_generator(leaf_BCTHW, batch, step)
             metrics |= {"loss/gan_generator": gan_loss}
             dloss_dx0 = dloss_dx0 + self.recipe.gan.generator_weight * dgan_dx0
-        self.generator.backward((x0_BCTHW * dloss_dx0).sum())  # the derivative of this scalar is dL/dx0 itself
-        self.generator.step()
+        self.backward(self.generator, (x0_BCTHW * dloss_dx0).sum())  # the derivative of this scalar is dL/dx0 itself
         return metrics
 
     @torch.no_grad()
@@ -169,10 +192,10 @@ class DMD2Engine:
         with torch.no_grad():
             x0_BCTHW = self.generated(batch, step, "fake_score", batch.velocity_of(self.generator.module))
             x_BCTHW, noise_BCTHW, sigma_B = self.noised(x0_BCTHW, batch, step, "fake_score")
+        self.hold_for_backward(self.fake_score)
         velocity_BCTHW = self.fake_score(x_BCTHW, sigma_B, **batch.conditions(1)).velocity_BCTHW
         loss = flow_matching_loss(velocity_BCTHW, x0_BCTHW, noise_BCTHW)
-        self.fake_score.backward(loss)
-        self.fake_score.step()
+        self.backward(self.fake_score, loss)
         return {"loss/fake_score": loss.detach()}
 
     def score_and_gan_pass(self, batch: Batch, step: int) -> Metrics:
@@ -188,6 +211,7 @@ class DMD2Engine:
             gan_noise, gan_sigma_B = self.gan_noise(batch, step, "fake_score")
             x_all = torch.cat([x_BCTHW, *(flow.add_noise(x0, gan_noise, gan_sigma_B) for x0 in judged)])
             sigma_all = torch.cat([sigma_B, gan_sigma_B.repeat(len(judged))])
+        self.hold_for_backward(self.fake_score)
         scores = self.fake_score(x_all, sigma_all, judged=len(judged) * len(x_BCTHW), **batch.conditions(1 + len(judged)))
         score_loss = flow_matching_loss(scores.velocity_BCTHW[: len(x_BCTHW)], x0_BCTHW, noise_BCTHW)
         fake_marks, real_marks, *disturbed_marks = scores.marks_JM.chunk(len(judged))
@@ -198,6 +222,5 @@ class DMD2Engine:
             r1 = losses.approximate_r1(real_marks, disturbed_marks[0], gan.r1_strength)
             loss = loss + gan.r1_weight * r1
             metrics |= {"loss/r1": r1.detach()}
-        self.fake_score.backward(loss)
-        self.fake_score.step()
+        self.backward(self.fake_score, loss)
         return metrics

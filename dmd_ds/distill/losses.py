@@ -1,4 +1,4 @@
-"""The losses of DMD2: tensors in, tensor out.
+"""The losses of DMD2 and of the stages around it: tensors in, tensor out.
 
 Shape suffixes: B batch, C channels, T latent frames, H W latent height and width, M marks that the discriminator gives a sample.
 """
@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 
-def guided_x0(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_B: torch.Tensor) -> torch.Tensor:
-    """Classifier-free guidance on x0 (Ho and Salimans 2022; guidance 1 is the conditional prediction alone)."""
-    # x0 = u + w (c - u)
+def guided_prediction(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_B: torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance on x0 or velocity (Ho and Salimans 2022; guidance 1 is the conditional prediction alone)."""
+    # p = u + w (c - u)
     return unconditional + guidance_B.view(-1, 1, 1, 1, 1) * (conditional - unconditional)
 
 
@@ -42,10 +42,23 @@ def flow_matching_loss(velocity_BCTHW: torch.Tensor, x0_BCTHW: torch.Tensor, noi
     return (velocity_BCTHW - (noise_BCTHW - x0_BCTHW)).square().mean()
 
 
+def pseudo_huber_loss(prediction_BCTHW: torch.Tensor, target_BCTHW: torch.Tensor, c: float) -> torch.Tensor:
+    """A distance that is a square where it is small against `c` (Charbonnier et al. 1997)."""
+    # L = mean (sqrt(|p - t|^2 + c^2) - c)
+    return ((prediction_BCTHW - target_BCTHW).square() + c**2).sqrt().mean() - c
+
+
 def regression_loss(x0_BCTHW: torch.Tensor, end_BCTHW: torch.Tensor) -> torch.Tensor:
     """How far the generator lands from where the teacher's path ends (DMD's regression, eq. 9, on latents)."""
     # L = mean |x0 - end|^2
     return (x0_BCTHW - end_BCTHW).square().mean()
+
+
+def velocity_difference(velocity_BCTHW: torch.Tensor, start_BCTHW: torch.Tensor) -> torch.Tensor:
+    """How far a generator has gone from its start: up to a factor of the noise level, the divergence of the two samples that take
+    this step from the same point."""
+    # L = mean |v - v_start|^2
+    return (velocity_BCTHW - start_BCTHW).square().mean()
 
 
 def generator_gan_loss(fake_marks_BM: torch.Tensor) -> torch.Tensor:

@@ -71,6 +71,7 @@ class ShardedEMA(ShardedState):
                 other.copy_(kept)
             computed_with.copy_(master)  # in fp32 the two are one buffer
         optimizer.checkpoint_event_epilogue()  # gathers those that are kept whole
+        optimizer.invalidate_secondary_tensor()  # the copies inside nodes, of hierarchical partitioning
 
     @property
     def numbers(self) -> dict[str, Number]:

@@ -12,12 +12,14 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import groups, set_z3_leaf_modules
 from pydantic import Field
 from torch import nn
 
 from dmd_ds.errors import UserError, read_json_mapping
-from dmd_ds.recipe import SHORT, Data, Optimizer, Section, find_ds_config, validated
+from dmd_ds.planner.sizes import ModelSize, with_auto_sizes
+from dmd_ds.recipe import SHORT, Data, Optimizer, find_ds_config, validated
+from dmd_ds.section import Section
 
 
 class Adam(Section):
@@ -105,8 +107,8 @@ def training_dtype() -> torch.dtype:
     return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
 
 
-def complete_ds_config(config: dict[str, Any], optimizer: Optimizer, data: Data) -> dict[str, Any]:
-    """The JSON with what the recipe decides: batch size, accumulation, clipping, optimiser, precision."""
+def complete_ds_config(config: dict[str, Any], optimizer: Optimizer, data: Data, model: ModelSize) -> dict[str, Any]:
+    """The JSON with what the recipe decides: batch size, accumulation, clipping, optimiser, precision; and the model: sizes."""
     parameters = {
         **config.get("optimizer", {}).get("params", {}),
         "lr": optimizer.lr,
@@ -114,7 +116,7 @@ def complete_ds_config(config: dict[str, Any], optimizer: Optimizer, data: Data)
         "weight_decay": optimizer.weight_decay,
     }
     return {
-        **config,
+        **with_auto_sizes(config, model),
         "bf16": {**config.get("bf16", {}), "enabled": True} if training_dtype() == torch.bfloat16 else {"enabled": False},
         "optimizer": {**config.get("optimizer", {"type": "AdamW"}), "params": parameters},
         "train_micro_batch_size_per_gpu": data.batch_size,
@@ -125,8 +127,13 @@ def complete_ds_config(config: dict[str, Any], optimizer: Optimizer, data: Data)
 
 
 def sharded_build(ds_config: dict[str, Any], build):
-    """`build()` with every weight sharded over the ranks as soon as it is made."""
-    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+    """`build()` with every weight sharded over the ranks as soon as it is made.
+
+    The groups of hierarchical partitioning (zero_hpz_partition_size) are those of the engine that was built first, if any.
+    """
+    is_hierarchical = ds_config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
+    inside_nodes = groups._get_zero_param_intra_parallel_group() if is_hierarchical else None
+    with deepspeed.zero.Init(config_dict_or_path=ds_config, zero_param_parallel_group=inside_nodes):
         return build()
 
 
@@ -144,6 +151,31 @@ def make_engine(module: nn.Module, ds_config: dict[str, Any]) -> deepspeed.DeepS
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=module, model_parameters=trainable, config=ds_config)
     return engine
+
+
+HELD = "held"
+
+
+def hold_weights(module: nn.Module) -> None:
+    """Weights that the module's forwards gather from now on stay whole: the next forward has them, until `let_weights_go`."""
+    for parameter in module.parameters():
+        parameter.ds_active_sub_modules.add(HELD)
+
+
+def let_weights_go(module: nn.Module) -> None:
+    """What is whole now is cut up again by whatever uses it next, a forward or a backward, as it passes."""
+    for parameter in module.parameters():
+        parameter.ds_active_sub_modules.discard(HELD)
+
+
+def frozen(module: nn.Module, ds_config: dict[str, Any]) -> nn.Module:
+    """The same module, trained in no way, with what gathers its weights for each use: `sharded_build` only cuts them."""
+    module.requires_grad_(False)
+    zero = {key: value for key, value in ds_config["zero_optimization"].items() if key != "offload_optimizer"}
+    trains = ("optimizer", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "gradient_clipping")
+    config = {key: value for key, value in ds_config.items() if key not in trains} | {"zero_optimization": zero}
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    return engine.module
 
 
 def set_lr(engine: deepspeed.DeepSpeedEngine, optimizer: Optimizer, update: int) -> None:

@@ -137,3 +137,4 @@ class EngineState(ShardedState):
         self.optimizer.checkpoint_event_prologue()  # every weight in its parts, and nowhere whole
         super().load(read, kinds, numbers)
         self.optimizer.checkpoint_event_epilogue()  # gathers those that are kept whole
+        self.optimizer.invalidate_secondary_tensor()  # the copies inside nodes, of hierarchical partitioning

@@ -23,7 +23,8 @@ class Plan:
     def keys(self) -> list[str]:
         """As they are written after the recipe on a command line."""
         s, zero = self.setup, self.setup.generator_zero
-        words = [f"parallel.ulysses={s.ulysses}", f"parallel.ring={s.ring}", f"activation_checkpointing={str(s.checkpointing).lower()}"]
+        words = [f"parallel.ulysses={s.ulysses}", f"parallel.ring={s.ring}", f"parallel.gather={s.gather}"]
+        words += [f"activation_checkpointing={str(s.checkpointing).lower()}"]
         words += ["activation_offload=true"] if s.activation_offload else []
         if zero.offload_optimizer or zero.offload_param:
             file = f"ds_configs/zero3_{'parameter' if zero.offload_param else 'optimizer'}_offload.json"
@@ -46,13 +47,14 @@ def candidates(setup: Setup, machine: Machine) -> Iterator[Setup]:
     ]
     activations = ((True, False), (True, True), (False, False))  # checkpointing and offload
     offloads = ((False, False), (True, False), (True, True))  # optimiser and parameters
-    for (ulysses, ring), (checkpointing, host), (optimizer, param), lora in itertools.product(
-        degrees, activations, offloads, (False, True)
+    for (ulysses, ring), gather, (checkpointing, host), (optimizer, param), lora in itertools.product(
+        degrees, ("each", "rollout", "update"), activations, offloads, (False, True)
     ):
         yield dataclasses.replace(
             setup,
             ulysses=ulysses,
             ring=ring,
+            gather=gather,
             checkpointing=checkpointing,
             activation_offload=host,
             generator_lora_rank=setup.generator_lora_rank or (setup.lora_rank if lora else None),

@@ -68,8 +68,12 @@ def flops(setup: Setup) -> float:
 
 def gathers(setup: Setup) -> tuple[float, float]:
     """How often a step brings together the weights of the generator, and of the score."""
-    count = passes(setup)  # a block is gathered once for its recomputation and its backward
-    return count.rollout + 2 * count.generator, count.scores + 2 * count.fake_score + 2 * count.gan
+    count = passes(setup)
+    rollouts = 1 + count.generator  # one for each update of either model; the last forward of the generator's own has the gradient
+    forwards = count.rollout + count.generator if setup.gather == "each" else rollouts
+    backward = 0 if setup.gather == "update" else 1  # a block is gathered once for its recomputation and its backward
+    # for the gradient of a GAN the generator has no forward of its own to hold the score's weights from
+    return forwards + backward * count.generator, count.scores + (1 + backward) * count.fake_score + 2 * count.gan
 
 
 def backward_samples(setup: Setup) -> float:
@@ -105,13 +109,19 @@ def collectives(setup: Setup) -> dict[str, float]:
 
 def between_nodes(setup: Setup, machine: Machine) -> float:
     """Bytes a GPU sends out of its node a step. Of a ring over all GPUs each node sends every weight but its own on once, and its
-    GPUs share that; the ranks of a sample sit inside one node."""
+    GPUs share that; the ranks of a sample sit inside one node. Where nodes have copies, only what an update has changed is sent,
+    once."""
     nodes = -(-setup.gpus // machine.gpus_per_node)
     if nodes == 1:
         return 0
-    moved = collectives(setup)
-    weights = (moved["all-gather of weights"] + moved["reduce-scatter of gradients"]) * setup.gpus / (setup.gpus - 1)
-    return weights * (1 - 1 / nodes) / machine.gpus_per_node
+    model, count, a = setup.model, passes(setup), setup.precision.weights
+    whole, adapter = sum(model.weights()), sum(model.adapter(setup.lora_rank))
+    own = sum(model.adapter(setup.generator_lora_rank)) if setup.generator_lora_rank else 0
+    generator_passes, score_passes = gathers(setup)
+    of_generator = count.generator * (own or whole) if setup.generator_zero.inside > 1 else generator_passes * (whole + own)
+    of_score = count.fake_score * adapter if setup.fake_score_zero.inside > 1 else score_passes * (whole + adapter)
+    reduced = count.generator * (own or whole) + count.fake_score * adapter
+    return a * (of_generator + of_score + reduced) * (1 - 1 / nodes) / machine.gpus_per_node
 
 
 @dataclasses.dataclass(frozen=True)

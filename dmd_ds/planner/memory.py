@@ -44,6 +44,18 @@ def resident(name: str, size: float, zero: Zero) -> Terms:
     return {} if zero.offload_param else {name: size}
 
 
+def copies_inside(setup: Setup) -> Terms:
+    """Of hierarchical partitioning: the weights once more, over the ranks of each node."""
+    zeros, a = {"generator": setup.generator_zero, "score": setup.fake_score_zero}, setup.precision.weights
+    ranks = {"generator": setup.generator_lora_rank, "score": setup.lora_rank}
+    weights = {name: setup.model.weights() + (setup.model.adapter(rank) if rank else []) for name, rank in ranks.items()}
+    return {
+        f"{name}: copies inside nodes": a * sum(-(-numel // zero.inside) for numel in weights[name])
+        for name, zero in zeros.items()
+        if zero.inside > 1
+    }
+
+
 def taps(setup: Setup) -> int:
     """How many blocks the head reads."""
     return len(setup.gan.blocks) if setup.gan.blocks else min(GAN_TAPS, setup.model.layers)
@@ -102,6 +114,7 @@ def always(setup: Setup) -> Terms:
         trained(setup, "GAN head", gan_head(setup), setup.fake_score_zero),
         {"EMA of the generator, fp32": 4 * setup.part(everything) if setup.ema and not setup.generator_zero.offload_optimizer else 0},
         {"VAE of validation, fp32": 4 * VAE_WEIGHTS if setup.validation else 0},
+        copies_inside(setup),
         buffers(setup),
     )
 
@@ -130,10 +143,20 @@ def gathered_forward(block: Block, zero: Zero) -> Terms:
     return {"gathered block": a * min(one + bucket, whole), "gathered ahead": a * ahead}
 
 
-def gathered_backward(setup: Setup, zero: Zero) -> Terms:
-    """The block that runs again: fetched at once, or layer by layer and held until its backward ends."""
+def gathered_backward(setup: Setup, rank: int | None, zero: Zero) -> Terms:
+    """The block that runs again: fetched at once, or layer by layer and held until its backward ends. Or all, held since the forward."""
+    if setup.gather == "update":
+        return weights_held(setup, rank, zero)
     apart = setup.gpus > 1 or zero.offload_param
     return {"gathered block": setup.precision.weights * sum(setup.model.block_weights()) if apart else 0}
+
+
+def weights_held(setup: Setup, rank: int | None, zero: Zero) -> Terms:
+    """All weights of a model under an adapter of that rank, if any, whole at once; the small ones always are."""
+    if setup.gpus == 1 and not zero.offload_param:
+        return {}
+    weights = setup.model.weights() + (setup.model.adapter(rank) if rank else [])
+    return {"weights held": setup.precision.weights * sum(numel for numel in weights if numel > zero.persistence)}
 
 
 def reducing(setup: Setup, rank: int | None, zero: Zero) -> float:
@@ -159,7 +182,7 @@ def backward_phases(setup: Setup, block: Block, name: str, zero: Zero, latents: 
             {"kept for the backward": block.graph(), "the block that runs again": activations + block.around},
             {"gradients of a block": a * gradients},
             {"gradients under reduction": reducing(setup, block.rank, zero) if moment == "block's end" else 0},
-            gathered_backward(setup, zero),
+            gathered_backward(setup, block.rank, zero),
             latents,
         )
     return phases
@@ -174,24 +197,36 @@ def optimizer_phase(setup: Setup, weights: list[int], zero: Zero) -> Terms:
     return {"update of a sub-group": part * (a * copies if zero.bf16_states else max(4 * copies, a + 4))}
 
 
+def rollout_phase(setup: Setup, block: Block) -> Terms:
+    """The generator's forwards without gradient."""
+    zero = setup.generator_zero
+    gathered = gathered_forward(block, zero) if setup.gather == "each" else weights_held(setup, setup.generator_lora_rank, zero)
+    return merged(gathered, {"a block's forward": block.forward()}, latents_bytes(setup, 3))
+
+
 def generator_phases(setup: Setup) -> dict[str, Terms]:
     zero = setup.generator_zero
     block = Block(setup, setup.batch, setup.generator_lora_rank)
     score = Block(setup, setup.score_parts * setup.batch, setup.lora_rank)
-    gathered = gathered_forward(block, zero)
+    each, whole = gathered_forward(block, zero), weights_held(setup, setup.generator_lora_rank, zero)
+    kept_whole = whole if setup.gather == "update" else {}
     graph = {"kept for the backward": block.graph() + block.last_layer()}
     parts = setup.score_parts
     phases = {
-        "generator: rollout without gradient": merged(gathered, {"a block's forward": block.forward()}, latents_bytes(setup, 3)),
-        # of the last block, whose input is part of the graph
+        "generator: rollout without gradient": rollout_phase(setup, block),
+        # at its beginning, what a rollout has held is whole; at the last block, whose input is part of the graph, it is let go
+        "generator: exit forward begins": merged(
+            each if setup.gather == "each" else whole, {"a block's forward": block.forward_with_graph()}, latents_bytes(setup, 3)
+        ),
         "generator: exit forward": merged(
-            gathered,
+            kept_whole or each,
             {"kept for the backward": block.before_last()},
             {"a block's forward": block.forward_with_graph()},
             latents_bytes(setup, 3),
         ),
         "generator: scores without gradient": merged(
             gathered_forward(score, setup.fake_score_zero),
+            kept_whole,
             graph,
             {"rotary of the exit forward": block.around},
             {"a block's forward, scores": score.forward()},
@@ -203,7 +238,7 @@ def generator_phases(setup: Setup) -> dict[str, Terms]:
     if setup.judged:
         # gradients flow through the score's base to x0, the generator's graph waits
         features = Block(setup, setup.batch, setup.lora_rank)
-        waiting = merged(graph, latents_bytes(setup, parts + 6))
+        waiting = merged(graph, kept_whole, latents_bytes(setup, parts + 6))
         phases |= backward_phases(setup, features, "generator: GAN", setup.fake_score_zero, waiting)
     return phases
 
@@ -215,13 +250,9 @@ def fake_score_phases(setup: Setup) -> dict[str, Terms]:
     # x0, noise, noised latents, velocity and its target; for the head the dataset's latents, their noise, and all that is judged
     held = latents_bytes(setup, 7 + 3 * setup.judged if setup.judged else 5)
     return {
-        "fake score: rollout without gradient": merged(
-            gathered_forward(rollout, setup.generator_zero),
-            {"a block's forward": rollout.forward()},
-            latents_bytes(setup, 3),
-        ),
+        "fake score: rollout without gradient": rollout_phase(setup, rollout),
         "fake score: forward": merged(
-            gathered_forward(block, zero),
+            weights_held(setup, setup.lora_rank, zero) if setup.gather == "update" else gathered_forward(block, zero),
             {"kept for the backward": block.before_last()},
             {"a block's forward": block.forward_with_graph()},
             held,

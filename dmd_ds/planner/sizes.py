@@ -8,7 +8,8 @@ import math
 from typing import Any
 
 from dmd_ds.errors import UserError
-from dmd_ds.recipe import Gan, Recipe
+from dmd_ds.recipe import Recipe
+from dmd_ds.stages import Gan
 
 TEXT_TOKENS = 512  # Wan2.1 pads its text to this length (wan.denoiser)
 VAE_TIME_STRIDE, VAE_SPACE_STRIDE = 4, 8
@@ -76,6 +77,21 @@ class ModelSize:
         D, F = self.width, self.ffn
         return 8 * [r * D, D * r] + [r * D, F * r, r * F, D * r]
 
+    def zero_sizes(self) -> dict[str, int]:
+        """What "auto" stands for in a ds_configs/*.json, in elements.
+
+        A block is fetched while the one before it computes; three are whole at a time. Its gradients leave at once, or by the
+        200 million: a larger bucket only takes room. Norms, biases and modulations, at most 6 D or F, are never cut up: a
+        collective for each costs more than they weigh.
+        """
+        block = sum(self.block_weights())
+        return {
+            "reduce_bucket_size": min(block, 200_000_000),
+            "stage3_prefetch_bucket_size": block,
+            "stage3_max_live_parameters": 3 * block,
+            "stage3_param_persistence_threshold": 8 * self.width,
+        }
+
     def adapter(self, r: int) -> list[int]:
         return self.layers * self.block_adapter(r)
 
@@ -129,11 +145,18 @@ class Precision:
     accelerator: bool = True
 
 
+def with_auto_sizes(config: dict[str, Any], model: ModelSize) -> dict[str, Any]:
+    """The DeepSpeed configuration with the model's sizes where it says "auto"."""
+    zero = config["zero_optimization"]
+    return {**config, "zero_optimization": {**zero, **{k: size for k, size in model.zero_sizes().items() if zero.get(k) == "auto"}}}
+
+
 @dataclasses.dataclass(frozen=True)
 class Zero:
     """What a ds_configs/*.json says of buffers, in elements, and of what lies where; the defaults are DeepSpeed's.
 
-    `bf16_states`: weights have no float32 copy, and Adam's moments are bf16 too.
+    `bf16_states`: weights have no float32 copy, and Adam's moments are bf16 too. `inside`: ranks of a node among which each node
+    has a copy of the weights (hierarchical partitioning, hpZ); 1 is none.
     """
 
     prefetch: int = 50_000_000
@@ -141,19 +164,21 @@ class Zero:
     reduce_bucket: int = 500_000_000
     persistence: int = 100_000
     sub_group: int = 1_000_000_000
+    inside: int = 1
     offload_optimizer: bool = False
     offload_param: bool = False
     bf16_states: bool = False
 
     @classmethod
-    def from_ds_config(cls, config: dict[str, Any]) -> "Zero":
-        section = config["zero_optimization"]
+    def from_ds_config(cls, config: dict[str, Any], model: ModelSize) -> "Zero":
+        section = with_auto_sizes(config, model)["zero_optimization"]
         names = {
             "prefetch": "stage3_prefetch_bucket_size",
             "max_live": "stage3_max_live_parameters",
             "reduce_bucket": "reduce_bucket_size",
             "persistence": "stage3_param_persistence_threshold",
             "sub_group": "sub_group_size",
+            "inside": "zero_hpz_partition_size",
         }
         given = {field: int(section[name]) for field, name in names.items() if section.get(name, "auto") != "auto"}
         offloads = {key: (section.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")}
@@ -183,6 +208,7 @@ class Setup:
     score_parts: int = 3  # fake, real conditional, real unconditional; two at guidance 1
     generator_every: int = 5
     sampling_steps: int = 4
+    gather: str = "rollout"  # what stays whole: recipe's parallel.gather
     exits_last: bool = False  # the rollout's exit step is the last one; else it is drawn
     generator_zero: Zero = Zero()
     fake_score_zero: Zero = Zero()
@@ -231,6 +257,8 @@ class Setup:
 
 def setup_of(recipe: Recipe, model: ModelSize, video: Video, gpus: int, ds_configs: dict[str, dict], **options) -> Setup:
     """The setup that the recipe itself asks for."""
+    if recipe.fake_score is None:
+        raise UserError(f"stage={recipe.stage}: the memory of DMD2 alone is planned")
     return Setup(
         model=model,
         latents=video.latents(),
@@ -248,8 +276,9 @@ def setup_of(recipe: Recipe, model: ModelSize, video: Video, gpus: int, ds_confi
         score_parts=2 if recipe.score.guidance == 1.0 else 3,
         generator_every=recipe.fake_score.updates_per_generator_update,
         sampling_steps=recipe.sampling.steps,
+        gather=recipe.parallel.gather,
         exits_last=recipe.rollout.exit == "last",
-        generator_zero=Zero.from_ds_config(ds_configs["generator"]),
-        fake_score_zero=Zero.from_ds_config(ds_configs["fake_score"]),
+        generator_zero=Zero.from_ds_config(ds_configs["generator"], model),
+        fake_score_zero=Zero.from_ds_config(ds_configs["fake_score"], model),
         **options,
     )

@@ -1,10 +1,12 @@
-"""The Wan VAE behind three small functions: pixels [B, 3, T, H, W] in [-1, 1], latents [B, C, T', H', W'] of unit variance."""
+"""The Wan VAE behind a few small functions: pixels [B, 3, T, H, W] in [-1, 1], latents [B, C, T', H', W'] of unit variance."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from torch.utils.checkpoint import checkpoint
 
 from dmd_ds.data.video import VideoSize
 from dmd_ds.errors import UserError
@@ -62,3 +64,29 @@ def decode(vae: AutoencoderKLWan, latents_BCTHW: torch.Tensor) -> torch.Tensor:
     parts = latents.split(max(1, DECODED_AT_ONCE // latents[0, 0].numel()))
     pixels = torch.cat([vae.decode(part).sample for part in parts]).float()
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+
+
+def decode_frames(vae: AutoencoderKLWan, latents_BCTHW: torch.Tensor, frames: Sequence[int] | None) -> torch.Tensor:
+    """The frames of these numbers, or all, `[B, T, 3, H, W]` in [0, 1], with a gradient.
+
+    The VAE is causal: nothing behind the last of the frames is decoded. Of each latent frame only what goes on to the next is kept
+    for the backward, and it is decoded again there.
+    """
+    frames = range(TIME_STRIDE * (latents_BCTHW.shape[2] - 1) + 1) if frames is None else frames
+    mean, std = _mean_and_std(vae, latents_BCTHW)
+    needed = -(-max(frames) // TIME_STRIDE) + 1
+    latents = (latents_BCTHW[:, :, :needed].float() * std + mean).to(vae.dtype)
+    hidden = vae.post_quant_conv(latents)
+    cache: list = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+    parts = []
+    for number in range(needed):
+        part, cache = checkpoint(_decode_one, vae, hidden[:, :, number : number + 1], cache, number == 0, use_reentrant=False)
+        parts.append(part)
+    pixels_B3THW = torch.cat(parts, dim=2)[:, :, list(frames)].float().clamp(-1, 1)
+    return ((pixels_B3THW + 1) / 2).transpose(1, 2)
+
+
+def _decode_one(vae: AutoencoderKLWan, hidden_BC1HW: torch.Tensor, cache: list, is_first: bool) -> tuple[torch.Tensor, list]:
+    """The pixels of one latent frame, and what its successor needs of it."""
+    cache = list(cache)  # the decoder writes into it, and runs again from what it was
+    return vae.decoder(hidden_BC1HW, feat_cache=cache, feat_idx=[0], first_chunk=is_first), cache

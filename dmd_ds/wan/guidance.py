@@ -35,10 +35,16 @@ def add_guidance_embedding(transformer: WanTransformer3DModel) -> WanTransformer
 
 
 def fresh_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
-    """First weights of an embedding for a model that has none, by name: small, and zero where they come out."""
+    """First weights of an embedding for a model that has none, by name: zero where they come out, so it has no effect at first.
+
+    Where they go in, they are of the slowest fifth of the waves, which turn less than once over a guidance of 10: the quick ones turn
+    many times from one guidance to the next, and of all together comes noise, from which training would first have to find the way.
+    """
     generator = torch.Generator().manual_seed(seed)
     fresh = {name: torch.zeros(shape) for name, shape in shapes.items() if name.startswith(GUIDANCE)}
-    fresh[f"{FIRST}.weight"].normal_(std=0.02, generator=generator)
+    waves = fresh[f"{FIRST}.weight"].unflatten(1, (2, -1))  # cosines, then sines, from quick to slow
+    slow = waves[..., -max(1, waves.shape[2] // 5) :]
+    slow.normal_(std=slow.shape[2] ** -0.5, generator=generator)
     return fresh
 
 

@@ -10,8 +10,10 @@ from dmd_ds.distill.losses import (
     distribution_matching_loss,
     flow_matching_loss,
     generator_gan_loss,
-    guided_x0,
+    guided_prediction,
+    pseudo_huber_loss,
     score_difference,
+    velocity_difference,
 )
 
 SHAPE = (2, 3, 2, 4, 4)
@@ -56,8 +58,8 @@ def test_the_fake_scores_loss_is_zero_for_the_true_velocity():
 
 
 def test_guidance_of_one_is_the_conditional_model():
-    torch.testing.assert_close(guided_x0(full(3.0), full(1.0), torch.tensor([1.0])), full(3.0))
-    torch.testing.assert_close(guided_x0(full(3.0), full(1.0), torch.tensor([2.5])), full(6.0))
+    torch.testing.assert_close(guided_prediction(full(3.0), full(1.0), torch.tensor([1.0])), full(3.0))
+    torch.testing.assert_close(guided_prediction(full(3.0), full(1.0), torch.tensor([2.5])), full(6.0))
 
 
 def test_without_the_normaliser_the_gradient_is_the_difference_of_the_scores():
@@ -78,3 +80,12 @@ def test_approximate_r1_is_the_squared_slope():
     x, noise = torch.randn(4, 1000), torch.randn(4, 1000)
     for strength in (0.1, 1.0):
         assert float(approximate_r1(3 * x, 3 * (x + strength * noise), strength)) == pytest.approx(9, rel=0.1)
+
+
+def test_pseudo_huber_is_a_distance_beyond_c_and_half_a_square_over_c_below():
+    assert float(pseudo_huber_loss(full(3.0), full(1.0), 0.001)) == pytest.approx(2.0 - 0.001, rel=1e-6)
+    assert float(pseudo_huber_loss(full(1.01), full(1.0), 1.0)) == pytest.approx(0.01**2 / 2, rel=1e-2)
+
+
+def test_the_difference_to_the_start_is_a_mean_square():
+    assert float(velocity_difference(full(3.0), full(1.0))) == 4.0

@@ -2,8 +2,9 @@
 
 import torch
 
+from dmd_ds.distill.levels import even_levels, halved_levels, path_levels
 from dmd_ds.distill.losses import regression_loss
-from dmd_ds.distill.regression import path_levels, teacher_path
+from dmd_ds.distill.regression import teacher_path, two_halves
 from dmd_ds.recipe import Sampling
 from dmd_ds.sampler import few_step_schedule
 
@@ -44,3 +45,28 @@ def test_the_path_is_of_second_order():
 
 def test_the_loss_is_the_mean_square():
     assert float(regression_loss(torch.full(SHAPE, 3.0), torch.full(SHAPE, 1.0))) == 4.0
+
+
+def test_even_levels_fall_from_1_to_0_and_half_steps_lie_between_the_generators_own():
+    assert torch.allclose(even_levels(2, 3.0), torch.tensor([1.0, 0.75, 0.0]))
+    halved = halved_levels(SCHEDULE)
+    assert torch.equal(halved[::2], SCHEDULE.sigmas) and torch.allclose(halved[1::2], (halved[:-2:2] + halved[2::2]) / 2)
+
+
+def test_a_step_of_the_generator_ends_where_the_teachers_two_halves_do():
+    noise = torch.randn(SHAPE)
+    levels = halved_levels(SCHEDULE)
+    middle, last = (float(levels[number]) for number in (3, 4))
+    first = float(levels[2])
+
+    def velocity(x, sigma_B):
+        return x * sigma_B.view(-1, 1, 1, 1, 1)
+
+    at, x0 = two_halves(velocity, noise, levels, first)
+    x = noise
+    for level, following in ((1.0, levels[1]), (levels[1], first)):
+        x = x * (1 + (float(following) - float(level)) * float(level))
+    torch.testing.assert_close(at, x)
+    end = at * (1 + (middle - first) * first) * (1 + (last - middle) * middle)
+    v = (at - x0) / first
+    torch.testing.assert_close(at + (last - first) * v, end, atol=1e-5, rtol=1e-5)

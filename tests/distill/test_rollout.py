@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dmd_ds.distill.dmd2 import score_sigmas
+from dmd_ds.distill.levels import score_sigmas
 from dmd_ds.distill.rollout import rollout
 from dmd_ds.randomness import Randomness
 from dmd_ds.recipe import Sampling, Score

@@ -31,7 +31,10 @@ def sharp_recipe(folder: Path, name: str, **changes) -> Recipe:
     ds_config.write_text(json.dumps({"zero_optimization": zero, "optimizer": optimizer}))
     sections = {
         # clipping well below the norms there are, so that a wrong norm shows in the weights
-        "generator": {"lr": 1e-3, "warmup_steps": 1, "max_grad_norm": 0.05, "ds_config": str(ds_config), "ema_decay": EMA_DECAY},
+        "generator": {
+            "lr": 1e-3, "warmup_steps": 1, "max_grad_norm": 0.05, "ds_config": str(ds_config), "ema_decay": EMA_DECAY,
+            **changes.pop("generator", {}),
+        },
         "fake_score": {
             "lr": 1e-3, "warmup_steps": 2, "max_grad_norm": 0.2, "updates_per_generator_update": 2, "lora_rank": 4, "lora_alpha": 8,
             "ds_config": str(ds_config),

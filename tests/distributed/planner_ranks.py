@@ -9,6 +9,7 @@ import logging
 import sys
 from pathlib import Path
 
+from dmd_ds.bench.live_bytes import LiveBytes
 from dmd_ds.inputs import check_inputs
 from dmd_ds.parallel.mesh import Mesh, joined
 from dmd_ds.planner.memory import memory
@@ -16,7 +17,6 @@ from dmd_ds.planner.sizes import ModelSize, Precision, Setup, Zero
 from dmd_ds.recipe import Parallel, Recipe
 from dmd_ds.trainer import Trainer
 from tests import mini
-from tests.live_bytes import LiveBytes
 
 CPU = Precision(weights=4, accelerator=False)
 STEPS = 3  # past the first, in which DeepSpeed records the order of the modules
@@ -66,13 +66,13 @@ def measure(recipe: Recipe, mesh: Mesh, steps: int) -> dict[str, float]:
         peaks = {"generator": 0, "fake score": 0}
         for step in range(steps):
             batches = trainer.batches(step)
-            for name, run in (("generator", trainer.dmd2.generator_step), ("fake score", trainer.dmd2.fake_score_step)):
+            for name, run in (("generator", trainer.stage.generator_step), ("fake score", trainer.stage.fake_score_step)):
                 live.reset()
                 run(batches, step)
                 peaks[name] = max(peaks[name], live.peak)
         peaks["standing"] = live.live
         trainer.monitor.close()
-        for engine in trainer.engines.values():
+        for engine in trainer.stage.engines.values():
             engine.destroy()
     return peaks
 
@@ -82,7 +82,7 @@ def planned(recipe: Recipe, case: dict, ranks: int, prompt_tokens: int) -> dict[
         layers=case["layers"], heads=2, head_dim=case["width"] // 2, ffn=4 * case["width"],
         text_dim=mini.TEXT_WIDTH, freq_dim=32, in_channels=4, out_channels=4,
     )  # fmt: skip
-    zero = Zero.from_ds_config(json.loads(Path(recipe.generator.ds_config).read_text()))
+    zero = Zero.from_ds_config(json.loads(Path(recipe.generator.ds_config).read_text()), model)
     plan = memory(
         Setup(
             model, (case["frames"], 8, 8), ranks, recipe.parallel.ulysses, recipe.parallel.ring, recipe.data.batch_size, prompt_tokens,

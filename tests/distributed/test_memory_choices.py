@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from dmd_ds.errors import UserError
 from dmd_ds.export import find_student, to_diffusers
 from dmd_ds.parallel.engine import complete_ds_config, read_ds_config
+from dmd_ds.planner.sizes import PUBLISHED
 from dmd_ds.recipe import REPOSITORY, Data, Recipe, dump_recipe, load_recipe
 from dmd_ds.shards import Shards
 from dmd_ds.wan.tensors import read_header
@@ -137,7 +138,7 @@ def test_without_fp32_masters_it_trains_in_bf16_and_all_it_keeps_of_a_weight_is_
 def test_on_the_cpu_training_is_fp32_whatever_the_json_says_of_bf16(world):
     generator = load_recipe("tiny").generator
     config = read_ds_config("generator.ds_config", "ds_configs/zero3_bf16_states.json")
-    assert complete_ds_config(config, generator, Data(path="none"))["bf16"] == {"enabled": False}
+    assert complete_ds_config(config, generator, Data(path="none"), PUBLISHED["1.3b"])["bf16"] == {"enabled": False}
 
 
 def nvme_file(folder: Path, section: str, **keys) -> Path:

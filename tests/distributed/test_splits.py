@@ -1,6 +1,8 @@
 """What a run computes does not depend on how it is split over ranks: data, Ulysses, ring, and all of them together."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 
@@ -15,10 +17,10 @@ from tests.mini import make_dataset
 STEPS = 4
 # 18 tokens, which 4 ranks share as 5, 5, 5 and 3; and 5, of which the fourth of them gets none at all
 SHAPES = ((4, 3, 4, 6), (4, 1, 2, 10))
-# data, Ulysses, ring, activation checkpointing
+# data, Ulysses, ring, how
 SPLITS = [
-    (1, 1, 1, True), (2, 1, 1, True), (1, 2, 1, True), (1, 1, 2, True), (1, 2, 2, True), (2, 2, 1, True), (1, 1, 4, True),
-    (1, 2, 2, False),
+    (1, 1, 1, ""), (2, 1, 1, ""), (1, 2, 1, ""), (1, 1, 2, ""), (1, 2, 2, ""), (2, 2, 1, ""), (1, 1, 4, ""),
+    (1, 2, 2, "not checkpointed"), (2, 2, 1, "copies inside nodes of 2"),
 ]  # fmt: skip
 
 
@@ -29,15 +31,23 @@ def world(tmp_path_factory):
     return folder
 
 
-def recipe_for(world, data: int, ulysses: int, ring: int, checkpointing: bool):
-    return sharp_recipe(
+def recipe_for(world, data: int, ulysses: int, ring: int, how: str):
+    recipe = sharp_recipe(
         world,
-        f"{data}x{ulysses}x{ring}-{checkpointing}",
+        f"{data}x{ulysses}x{ring} {how}",
         parallel={"ulysses": ulysses, "ring": ring},
         data={"path": str(world / "uneven"), "batch_size": 2 // data},
         max_steps=STEPS,
-        activation_checkpointing=checkpointing,
+        activation_checkpointing=how != "not checkpointed",
     )
+    if how != "copies inside nodes of 2":
+        return recipe
+    ds_config = json.loads(Path(recipe.generator.ds_config).read_text())
+    ds_config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (world / "hierarchical.json").write_text(json.dumps(ds_config))
+    changed = {"ds_config": str(world / "hierarchical.json")}
+    sections = {name: getattr(recipe, name).model_copy(update=changed) for name in ("generator", "fake_score")}
+    return recipe.model_copy(update=sections)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +69,7 @@ def trained(world):
 
 @pytest.fixture(scope="module")
 def plain(world):
-    return plain_dmd2(recipe_for(world, 1, 1, 1, False), global_batch_size=2, epsilon=EPSILON)
+    return plain_dmd2(recipe_for(world, 1, 1, 1, "not checkpointed"), global_batch_size=2, epsilon=EPSILON)
 
 
 def test_both_sizes_come_up(world):
@@ -68,7 +78,7 @@ def test_both_sizes_come_up(world):
     assert {order(step)[0] for step in range(STEPS)} == set(SHAPES)
 
 
-@pytest.mark.parametrize("split", SPLITS, ids=lambda split: "x".join(map(str, split[:3])) + ("" if split[3] else "-not-checkpointed"))
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: " ".join(["x".join(map(str, split[:3])), split[3]]))
 def test_losses_norms_and_weights_are_those_of_plain_pytorch(trained, plain, split):
     lines, generator, adapter = plain
     assert_same_numbers(metrics(trained[split]), lines, 1e-4)

@@ -21,13 +21,16 @@ from tests.distributed.plain_dmd2 import PlainEMA, plain_dmd2
 
 STEPS = 4
 LOOKED_AT = {"every": 2, "prompts": 3, "batch_size": 1}
-# How a sample can be made and looked at, beside the defaults: by the ODE, on other noise levels, to the last step, ...
+# How a sample can be made and looked at, beside the defaults: by the ODE, on other noise levels, to the last step, with weights gathered
+# once or each time, ...
 WAYS = {
-    "ode on wan's grid": {"sampling": {"grid": "wan", "steps": 5, "shift": 7.0, "solver": "ode"}},
-    "listed timesteps, scores above the exit": {"sampling": {"timesteps": [1000, 850, 500]}, "score": {"above_exit": True}},
+    "ode on wan's grid": {"sampling": {"grid": "wan", "steps": 5, "shift": 7.0, "solver": "ode"}, "parallel": {"gather": "update"}},
+    "listed timesteps, scores above the exit": {
+        "sampling": {"timesteps": [1000, 850, 500]}, "score": {"above_exit": True}, "parallel": {"gather": "each"},
+    },
     "ode, exit last, guided below": {"sampling": {"solver": "ode"}, "rollout": {"exit": "last"}, "score": {"guidance_below": 0.8}},
     "regression first": {"regression": {"steps": 2, "teacher_steps": 5, "lr": 3e-3}},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

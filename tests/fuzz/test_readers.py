@@ -22,7 +22,7 @@ from dmd_ds.errors import UserError
 from dmd_ds.generation import Settings, load_scheduler, read_settings
 from dmd_ds.parallel.engine import complete_ds_config, read_ds_config
 from dmd_ds.parallel.hosts import read_hostfile
-from dmd_ds.planner.sizes import Zero
+from dmd_ds.planner.sizes import PUBLISHED, Zero
 from dmd_ds.recipe import REPOSITORY, Data, Generator, dump_recipe, load_recipe
 from dmd_ds.sampler import few_step_schedule
 from dmd_ds.vbench import read_prompts, wanted
@@ -125,8 +125,8 @@ def test_deepspeed_json(tmp_path, name):
 
     def read():
         config = read_ds_config("generator.ds_config", str(file))
-        assert complete_ds_config(config, Generator(lr=1e-5), Data(path="none"))["optimizer"]["params"]["lr"] == 1e-5
-        Zero.from_ds_config(config)
+        assert complete_ds_config(config, Generator(lr=1e-5), Data(path="none"), PUBLISHED["1.3b"])["optimizer"]["params"]["lr"] == 1e-5
+        Zero.from_ds_config(config, PUBLISHED["1.3b"])
 
     fuzz([file], read)
 

@@ -35,7 +35,7 @@ JOBS = [Job("a red circle", 1), Job("a red circle", 2), Job("../../a blue/square
 
 
 def test_every_prompt_gets_a_file_within_the_folder(model, alone, settings, tmp_path):
-    assert generate(model, JOBS, tmp_path / "out", settings, batch_size=3, negative_prompt="", mesh=alone) == 4
+    assert generate(model, "mark", JOBS, tmp_path / "out", settings, batch_size=3, negative_prompt="", mesh=alone) == 4
     lines = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
     assert [(line["prompt"], line["seed"]) for line in lines] == [(job.prompt, job.seed) for job in JOBS]
     files = {path.name for path in (tmp_path / "out").iterdir()}
@@ -45,11 +45,11 @@ def test_every_prompt_gets_a_file_within_the_folder(model, alone, settings, tmp_
 
 
 def test_a_second_run_makes_only_what_is_missing(model, alone, settings, tmp_path):
-    generate(model, JOBS, tmp_path, settings, batch_size=4, negative_prompt="", mesh=alone)
+    generate(model, "mark", JOBS, tmp_path, settings, batch_size=4, negative_prompt="", mesh=alone)
     files = sorted(tmp_path.glob("*.mp4"))
     files[1].unlink()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.mp4")}
-    assert generate(model, JOBS, tmp_path, settings, batch_size=4, negative_prompt="", mesh=alone) == 1
+    assert generate(model, "mark", JOBS, tmp_path, settings, batch_size=4, negative_prompt="", mesh=alone) == 1
     assert files[1].exists() and all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from dmd_ds.bench.sequence import Closed
 from dmd_ds.errors import UserError
 from dmd_ds.planner.choose import candidates, cheapest, plan
 from dmd_ds.planner.cost import Machine, between_nodes, collectives, flops, seconds
@@ -16,13 +17,12 @@ from dmd_ds.planner.sizes import PUBLISHED, TEXT_TOKENS, ModelSize, Precision, S
 from dmd_ds.recipe import REPOSITORY, Gan, load_recipe
 from dmd_ds.wan import denoiser
 from tests.mini import TRANSFORMER
-from tools.bench import Closed
 
 HD = Video(81, 720, 1280)
 ZERO = Zero(prefetch=200_000_000, reduce_bucket=200_000_000)
 IMAGE = {"in_channels": 12, "image_dim": 20, "added_kv_proj_dim": 24}
 WHOLE = Setup(
-    PUBLISHED["14b"], HD.latents(), gpus=8, ulysses=8, ema=True, generator_zero=ZERO, fake_score_zero=ZERO, lora_rank=128
+    PUBLISHED["14b"], HD.latents(), gpus=8, ulysses=8, ema=True, gather="each", generator_zero=ZERO, fake_score_zero=ZERO, lora_rank=128
 )  # fmt: skip
 
 
@@ -122,6 +122,35 @@ def test_prefetch_holds_no_more_than_max_live_parameters_allow():
     assert ahead(dataclasses.replace(ZERO, prefetch=0)) == 2 * sum(WHOLE.model.block_weights())
 
 
+def test_weights_that_stay_whole_take_their_room_where_they_do():
+    phases = {gather: memory(dataclasses.replace(WHOLE, gather=gather)).phases for gather in ("each", "rollout", "update")}
+    whole = 2 * sum(numel for numel in WHOLE.model.weights() if numel > ZERO.persistence)
+    for gather, of_backward in (("each", False), ("rollout", False), ("update", True)):
+        held = {name for name, terms in phases[gather].items() if "weights held" in terms}
+        assert ("generator: rollout without gradient" in held) == (gather != "each")
+        assert ("generator: scores without gradient" in held) == any("fake score: backward" in name for name in held) == of_backward
+    assert phases["rollout"]["fake score: rollout without gradient"]["weights held"] == whole
+
+
+def test_auto_sizes_are_those_of_the_model():
+    config = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 7, "stage3_prefetch_bucket_size": "auto"}}
+    zero = Zero.from_ds_config(config, PUBLISHED["14b"])
+    assert (zero.reduce_bucket, zero.prefetch) == (7, sum(PUBLISHED["14b"].block_weights()))
+    threshold = PUBLISHED["14b"].zero_sizes()["stage3_param_persistence_threshold"]
+    assert 6 * 5120 <= threshold < 128 * 5120  # modulations stay whole, an adapter does not
+
+
+def test_copies_inside_nodes_take_room_and_save_the_network():
+    def inside(ranks: int) -> Setup:
+        zero = dataclasses.replace(ZERO, inside=ranks)
+        return dataclasses.replace(WHOLE, gpus=64, generator_zero=zero, fake_score_zero=zero)
+
+    copies = {name: size for name, size in memory(inside(8)).always.items() if "inside" in name}
+    assert copies["generator: copies inside nodes"] == pytest.approx(2 * sum(WHOLE.model.weights()) / 8, rel=1e-6)
+    assert not any("inside" in name for name in memory(inside(1)).always)
+    assert between_nodes(inside(8), Machine()) < between_nodes(inside(1), Machine()) / 5
+
+
 # ---- cost -------------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +207,7 @@ def test_every_setting_is_said_as_the_recipe_takes_it():
 
     machine = Machine()
     tried = [one for one in candidates(setup_from([]), machine) if one.a_sample in (1, 8)]  # 5 splits
-    assert len(tried) == len(set(tried)) == 5 * 3 * 3 * 2
+    assert len(tried) == len(set(tried)) == 5 * 3 * 3 * 3 * 2
     assert all(setup_from(plan(one, machine).keys()) == one for one in tried)
 
 

@@ -81,8 +81,10 @@ def test_a_table_a_report_and_pictures_and_nothing_is_made_twice(command, run, m
 def test_at_another_size_the_reference_is_the_teachers_own_or_there_is_none(command, run, mini_model, tmp_path):
     alone, beside = tmp_path / "alone", tmp_path / "beside"
     arguments = (run, "--prompts", 2, "--frames", 5, "--height", 32, "--width", 48)
-    assert command(*arguments, "--out", alone)[0] == 0
+    bright = "tests.rewards.test_rewards:brightness"
+    assert command(*arguments, "--out", alone, "--held-back", "--rewards", bright)[0] == 0
     report = json.loads((alone / "report.json").read_text())
+    assert 0 < report["rows"][0][bright] < 1 and (alone / "table.txt").read_text().splitlines()[0].endswith("  brightness")
     assert report["reference"] is None and "frechet" not in report["rows"][0] and report["width"] == 48
     assert command(*arguments, "--out", beside, "--teacher", mini_model)[0] == 0
     report = json.loads((beside / "report.json").read_text())
@@ -131,6 +133,8 @@ def test_two_ranks_make_videos_for_vbench_and_other_settings_are_refused(command
         (["tiny-wan", "--steps", "2", "2"], "each once"),
         (["tiny-wan", "tiny-wan"], "name each student once"),
         (["nowhere"], "no such folder"),
+        (["tiny-wan", "--guidance", "3"], "--guidance 3.0: tiny-wan has no guidance embedding, it cannot be told"),
+        (["tiny-wan", "--rewards", "nowhere:x"], "nowhere:x: cannot be imported"),
         (["tiny-wan", "--vbench", "p.txt", "--teacher", "tiny-wan"], "without --teacher"),
         (["tiny-wan", "--reference", "nowhere"], "no such file"),
     ],
