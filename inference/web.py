@@ -63,7 +63,6 @@ def page(maker: Maker):
     """The page, a gradio `Blocks`."""
     import gradio
 
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # its own come from a network
     settings, takes_image = maker.student.settings, maker.student.image_encoder is not None
 
     def make(prompt, steps, seed, with_teacher, image=None):
@@ -88,7 +87,6 @@ def page(maker: Maker):
         said = gradio.Markdown()
         inputs = [prompt, steps, seed, with_teacher, *([image] if takes_image else [])]
         gradio.on([button.click, prompt.submit], make, inputs, [student, teacher, said])
-    blocks.theme = gradio.themes.Default(**fonts)
     return blocks
 
 

@@ -24,7 +24,7 @@ class Samples {
     this.weights = null;
     this.playing = true;
     this.moving = []; // cells whose video the slider changes
-    const columns = Object.keys(samples.fixed).length + samples.looks.length;
+    const columns = this.columns = Object.keys(samples.fixed).length + samples.looks.length;
     this.watch = new IntersectionObserver((entries) => entries.forEach((entry) => {
       entry.target.inView = entry.isIntersecting;
       this.run(entry.target);
@@ -55,7 +55,10 @@ class Samples {
   cell(title, number) {
     const video = el("video", { muted: true, loop: true, playsinline: true, preload: "auto" });
     video.muted = true; // the attribute alone mutes only what the parser makes
-    video.addEventListener("loadedmetadata", () => video.classList.toggle("small", video.videoWidth < 160));
+    video.addEventListener("loadedmetadata", () => {
+      video.classList.toggle("small", video.videoWidth < 160);
+      if (video.videoWidth >= 320) this.rows.style.setProperty("--row", `${230 * this.columns}px`);
+    });
     video.addEventListener("loadeddata", () => this.together());
     this.watch.observe(video);
     const cell = el("figure", {}, video, el("div", { class: "blank", hidden: true }, "not shown"), el("figcaption", {}, title));
