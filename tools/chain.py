@@ -102,7 +102,7 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("chain", help=f"one that ships ({', '.join(sorted(p.stem for p in CHAINS.glob('*.yaml')))}) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipes of all stages")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the folder for the runs and what they make")
     parser.add_argument("--model", help="what the first stage starts from (default: its recipe's model.path)")
     parser.add_argument("--launcher", default=sys.executable, help="what each training is started with (default: one rank)")
     parser.add_argument("--evaluate", type=int, metavar="N", help="of moving shapes: so many videos a stage go through tools/evaluate.py")

@@ -1,8 +1,6 @@
-"""Jobs of ranks on this machine, one measurement each: `python -m dmd_ds.bench.ranks PART ARGUMENTS` is a rank of one."""
+"""Jobs of ranks on this machine, one measurement each."""
 
-import importlib
 import json
-import logging
 import os
 import socket
 import subprocess
@@ -19,7 +17,7 @@ def run_ranks(part: str, ranks: int, **arguments: Any) -> Any:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "dmd_ds.bench.ranks", part, json.dumps(arguments)]
+    command = [sys.executable, "-m", "dmd_ds.bench.rank", part, json.dumps(arguments)]
     shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
     processes = [
@@ -30,13 +28,3 @@ def run_ranks(part: str, ranks: int, **arguments: Any) -> Any:
     if any(process.returncode for process in processes):
         raise RunError(f"bench {part} {arguments}: a rank of {ranks} failed, see above")
     return json.loads(next(line for line in outputs[0].splitlines() if line.startswith(RECORD)).removeprefix(RECORD))
-
-
-def main(part: str, arguments: str) -> None:
-    logging.disable(logging.WARNING)
-    found = importlib.import_module(f"dmd_ds.bench.{part}").on_rank(**json.loads(arguments))
-    print(RECORD + json.dumps(found), flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
