@@ -1,11 +1,13 @@
 """Rewards: how good frames are, as numbers with a gradient.
 
 A reward is a function of frames `[B, T, 3, H, W]` in [0, 1] and their B prompts; it gives `[B]`, more is better. A recipe names
-one by an entry point of the group `dmd_ds.rewards`, or as `module:function`. With a path beside its weight what is named is
-called with that path first, and gives the reward.
+one by an entry point of the group `dmd_ds.rewards`, or as `module:function` of a module that is installed or lies in the current
+folder. With a path beside its weight what is named is called with that path first, and gives the reward.
 """
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -46,6 +48,8 @@ def find_plugin(name: str) -> Any:
             there = ", ".join(sorted(points.names)) or "none"
             raise UserError(f"reward.rewards: no entry point {name!r} of {GROUP} ({there} installed), and not of the form module:function")
         return points[name].load()
+    if os.getcwd() not in sys.path:  # a script's own folder is there instead
+        sys.path.append(os.getcwd())
     try:
         found = vars(importlib.import_module(module)).get(function)
     except ImportError as error:

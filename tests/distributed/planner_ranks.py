@@ -54,6 +54,8 @@ def recipe_of(case: dict, folder: Path, mesh: Mesh) -> Recipe:
         generator=generator,
         fake_score={**engine, "updates_per_generator_update": 1},
         gan=case.get("gan", {}),
+        sampling={"steps": 3},
+        rollout={"exit": "last"},  # what is planned is the longest rollout, the one before whose last forward all weights are whole
         parallel={"ulysses": case.get("ulysses", 1), "ring": case.get("ring", 1)},
     )
 

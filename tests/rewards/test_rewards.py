@@ -1,5 +1,6 @@
 """Rewards: the moving shapes' agree with the judge, plugins are found or named, and CLIP's relatives compute what they say."""
 
+import sys
 from importlib.metadata import EntryPoint, EntryPoints
 
 import numpy as np
@@ -68,6 +69,13 @@ def test_rewards_are_found_by_module_and_by_entry_point_with_a_path_or_without(t
     check_rewards({"bright": RewardTerm(weight=1)})
     with pytest.raises(UserError, match=r"no entry point 'brihgt' of dmd_ds.rewards \(bright installed\)"):
         find_reward("brihgt")
+
+
+def test_a_module_of_the_current_folder_is_found_by_a_script_that_lies_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "my_own_reward.py").write_text("def good(frames, prompts):\n    return frames.sum((1, 2, 3, 4))\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert find_reward("my_own_reward:good")(torch.ones(1, 1, 3, 2, 2), ["a"]).tolist() == [12]
 
 
 @pytest.mark.parametrize(
