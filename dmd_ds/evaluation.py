@@ -185,7 +185,8 @@ def lines_of(rows: list[Row], reference_NF: np.ndarray | None) -> dict[str, dict
         line |= {f"{name}_of_teacher": line[name] / teacher[name] for name in ("both", "speed", "saturation") if teacher[name] > 0}
         if row.kind == "student" and "frechet" in line:
             before = undistilled[row.steps]["frechet"]
-            line["gap_closed"] = (before - line["frechet"]) / (before - teacher["frechet"])
+            if before != teacher["frechet"]:  # as they are at guidance 1 and the teacher's own steps
+                line["gap_closed"] = (before - line["frechet"]) / (before - teacher["frechet"])
     return lines
 
 

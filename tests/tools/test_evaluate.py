@@ -1,5 +1,6 @@
 """The comparison of students with their teacher: from folders and from checkpoints, nothing made twice, one line for a mistake."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -111,6 +112,11 @@ def test_gap_closed_and_diversity_are_relative_to_the_teacher_at_the_same_steps(
     curves = {panel.title: panel for panel in panels([teacher, *undistilled, *students], lines)}
     assert curves["diversity"].curves["s"] == {1: lines["s, 1"]["diversity"], 2: lines["s, 2"]["diversity"]}
     assert curves["frechet"].level == lines["teacher, 50"]["frechet"] == pytest.approx(0, abs=1e-6)
+    unguided = lines_of(
+        [teacher, dataclasses.replace(teacher, kind="undistilled", model="u"), dataclasses.replace(teacher, kind="student", model="s")],
+        teacher.evaluation.features_NF,
+    )
+    assert unguided["s, 50"]["frechet"] == lines["teacher, 50"]["frechet"] and "gap_closed" not in unguided["s, 50"]  # there is no gap
 
 
 def test_two_ranks_make_videos_for_vbench_and_other_settings_are_refused(command, run, tmp_path):
