@@ -32,6 +32,7 @@ class Adam(Section):
     weight_decay: Any = None
     eps: Annotated[float, Field(gt=0)] = 1e-8
     torch_adam: bool = Field(False, description="PyTorch's, which needs no compiler")
+    fused: bool = Field(False, description="with torch_adam: one kernel an update and no tensors beside the states")
     adam_w_mode: bool = True
 
 

@@ -50,6 +50,10 @@ def candidates(setup: Setup, machine: Machine) -> Iterator[Setup]:
     for (ulysses, ring), gather, (checkpointing, host), (optimizer, param), lora in itertools.product(
         degrees, ("each", "rollout", "update"), activations, offloads, (False, True)
     ):
+        where = {"offload_optimizer": optimizer, "offload_param": param}  # on the host Adam is DeepSpeed's own
+        generator_zero, fake_score_zero = (
+            dataclasses.replace(zero, **where, fused=zero.fused and not optimizer) for zero in (setup.generator_zero, setup.fake_score_zero)
+        )
         yield dataclasses.replace(
             setup,
             ulysses=ulysses,
@@ -58,8 +62,8 @@ def candidates(setup: Setup, machine: Machine) -> Iterator[Setup]:
             checkpointing=checkpointing,
             activation_offload=host,
             generator_lora_rank=setup.generator_lora_rank or (setup.lora_rank if lora else None),
-            generator_zero=dataclasses.replace(setup.generator_zero, offload_optimizer=optimizer, offload_param=param),
-            fake_score_zero=dataclasses.replace(setup.fake_score_zero, offload_optimizer=optimizer, offload_param=param),
+            generator_zero=generator_zero,
+            fake_score_zero=fake_score_zero,
         )
 
 

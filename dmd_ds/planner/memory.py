@@ -189,12 +189,14 @@ def backward_phases(setup: Setup, block: Block, name: str, zero: Zero, latents: 
 
 
 def optimizer_phase(setup: Setup, weights: list[int], zero: Zero) -> Terms:
-    """The largest sub-group's update: its gradients in float32, the root of the second moment, on the CPU a quotient too."""
+    """The largest sub-group's update: its gradients in float32; where Adam is not fused the root of the second moment, on the CPU a
+    quotient too."""
     if zero.offload_optimizer:
         return {}
     part, a = min(setup.part(weights), zero.sub_group), setup.precision.weights
-    copies = 2 if setup.precision.accelerator else 3
-    return {"update of a sub-group": part * (a * copies if zero.bf16_states else max(4 * copies, a + 4))}
+    copies = 1 if zero.fused else 2 if setup.precision.accelerator else 3
+    flat = a if a == 4 else a + 4  # gradients side by side, then in float32
+    return {"update of a sub-group": part * (a * copies if zero.bf16_states else max(4 * copies, flat))}
 
 
 def rollout_phase(setup: Setup, block: Block) -> Terms:

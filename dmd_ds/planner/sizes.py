@@ -156,7 +156,7 @@ class Zero:
     """What a ds_configs/*.json says of buffers, in elements, and of what lies where; the defaults are DeepSpeed's.
 
     `bf16_states`: weights have no float32 copy, and Adam's moments are bf16 too. `inside`: ranks of a node among which each node
-    has a copy of the weights (hierarchical partitioning, hpZ); 1 is none.
+    has a copy of the weights (hierarchical partitioning, hpZ); 1 is none. `fused`: Adam's update is one kernel.
     """
 
     prefetch: int = 50_000_000
@@ -168,6 +168,7 @@ class Zero:
     offload_optimizer: bool = False
     offload_param: bool = False
     bf16_states: bool = False
+    fused: bool = False
 
     @classmethod
     def from_ds_config(cls, config: dict[str, Any], model: ModelSize) -> "Zero":
@@ -184,7 +185,8 @@ class Zero:
         offloads = {key: (section.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")}
         bf16 = config.get("bf16", {})
         states = bf16.get("bf16_master_weights_and_grads", False) and bf16.get("bf16_optimizer_states", False)
-        return cls(**given, **offloads, bf16_states=states)
+        fused = config.get("optimizer", {}).get("params", {}).get("fused", False)
+        return cls(**given, **offloads, bf16_states=states, fused=fused)
 
 
 @dataclasses.dataclass(frozen=True)

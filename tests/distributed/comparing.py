@@ -27,7 +27,7 @@ def sharp_recipe(folder: Path, name: str, **changes) -> Recipe:
     ds_config = folder / "gather_everything.json"  # the mini model is small enough to be kept whole: forbid that
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 3000}
     # Adam's step for a gradient of 1e-9 is as large as for one of 1: an epsilon above the noise keeps the comparison meaningful
-    optimizer = {"type": "AdamW", "params": {"torch_adam": True, "eps": EPSILON}}
+    optimizer = {"type": "AdamW", "params": {"torch_adam": True, "fused": True, "eps": EPSILON}}
     ds_config.write_text(json.dumps({"zero_optimization": zero, "optimizer": optimizer}))
     sections = {
         # clipping well below the norms there are, so that a wrong norm shows in the weights
