@@ -29,7 +29,7 @@ from dmd_ds.planner.sizes import PUBLISHED
 
 SMALL = World(layers=3, heads=2, head_dim=32, height=4, width=4, frames=2)  # where bytes are counted and seconds are not
 PARTS = {
-    "step": (step, lambda a: step.measure(world_of(a, World()), a.repeats)),
+    "step": (step, lambda a: step.measure(world_of(a, World(layers=2, heads=8, height=32, width=32)), a.repeats)),
     "gather": (gather, lambda a: gather.measure(world_of(a, SMALL), a.ranks, iterations=4)),
     "memory": (memory, lambda a: memory.measure()),
     "scale": (scale, lambda a: scale.measure(world_of(a, World(layers=2, frames=2)))),
