@@ -33,7 +33,7 @@ class Block:
             return []
         lines = [line.strip() for line in self.text.splitlines() if line.strip() and not line.strip().startswith("#")]
         if not self.language:
-            lines = [line for line in lines if line.split()[0] in FIRST_WORDS and not line.startswith("make  ")]
+            lines = [line for line in lines if line.split()[0] in FIRST_WORDS]
         return [Command(self.page, self.line, line, self.for_gpus) for line in lines]
 
 
