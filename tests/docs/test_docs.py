@@ -48,7 +48,7 @@ ELSEWHERE = {
 THE_TESTS = ("make test", "make slow")
 WALK = REPOSITORY / "docs" / "distil_your_own.md"
 AFTER_IT = [REPOSITORY / "README.md", *(WALK.with_name(f"{name}.md") for name in ("training", "export", "cfg_start", "troubleshooting"))]
-LANGUAGES = {"sh", "yaml", "json", "python", "text", ""}
+LANGUAGES = {"sh", "yaml", "json", "python", "math", "text", ""}
 of_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -247,6 +247,8 @@ def test_snippets_are_what_they_say(page):
             assert fits_a_recipe(parse_yaml(block.text, page.name)), f"{page.name}:{block.line}"
         elif block.language == "json":
             DSConfig.model_validate(json.loads(block.text))
+        elif block.language == "math":
+            assert block.text.count("{") == block.text.count("}") and "$" not in block.text, f"{page.name}:{block.line}"
         elif block.language == "python":
             compile(block.text, f"{page.name}:{block.line}", "exec")
 
