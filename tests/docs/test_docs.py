@@ -1,15 +1,12 @@
 """What the pages say is there: commands and their options, recipes and keys, functions, files, links. And what is to be typed works."""
 
-import argparse
 import ast
-import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,7 @@ from dmd_ds.errors import UserError
 from dmd_ds.parallel.engine import DSConfig
 from dmd_ds.recipe import REPOSITORY, Recipe, find_ds_config, known_keys, load_recipe, parse_yaml, shipped_recipes, validated
 from tests.docs.pages import FIRST_WORDS, PAGES, Command, anchors, blocks, inline_code, links
-from tests.test_commands import COMMANDS
+from tests.test_commands import COMMANDS, parser_of
 from tools import plan
 from tools.chain import find_chain, read_chain
 from tools.study import find_study, read_study
@@ -60,22 +57,6 @@ def all_commands(page: Path) -> list[Command]:
 
 
 # ---- every command is one that its script takes -----------------------------------------------------------------------
-
-
-class Asked(Exception):
-    """Holds the parser of a script that was about to read its arguments."""
-
-
-@cache
-def parser_of(script: str) -> argparse.ArgumentParser:
-    def asked(parser, *_):
-        raise Asked(parser)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Asked) as found:
-        patch.setattr(argparse.ArgumentParser, "parse_args", asked)
-        patch.setattr(argparse.ArgumentParser, "parse_intermixed_args", asked)
-        importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
-    return found.value.args[0]
 
 
 def check_script(script: str, words: list[str]) -> None:
