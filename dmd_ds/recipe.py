@@ -63,26 +63,30 @@ class Parallel(Section):
     )
 
 
+DsConfig = Annotated[str, Field(description="DeepSpeed JSON, a path from here or from the project's folder")]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Section):
-    lr: Annotated[float, Field(gt=0)]
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.999)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    lr: float = Field(gt=0, description="learning rate")
+    betas: tuple[Beta, Beta] = Field((0.0, 0.999), description="of Adam's two averages; 0 for the first is no momentum")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's")
     warmup_steps: NotNegative = Field(0, description="optimiser steps over which the learning rate grows to its full value")
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    ds_config: str = Field(description="DeepSpeed JSON, a path from here or from the project's folder")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="a longer gradient, of all weights together, is scaled to it")
+    ds_config: DsConfig
 
 
 class Generator(Optimizer):
-    ds_config: str = "ds_configs/generator_zero3.json"
+    ds_config: DsConfig = "ds_configs/generator_zero3.json"
     lora_rank: Positive | None = Field(None, description="trains a LoRA adapter of this rank instead of all weights; null: all weights")
     lora_alpha: Annotated[float, Field(gt=0)] = Field(128.0, description="the adapter is scaled by lora_alpha / lora_rank")
     ema_decay: Rate | None = Field(None, description="of a moving average of its weights, an update; the average is then the student")
 
 
 class FakeScore(Optimizer):
-    ds_config: str = "ds_configs/fake_score_zero3.json"
-    updates_per_generator_update: Positive = 5
-    lora_rank: Positive = 128
+    ds_config: DsConfig = "ds_configs/fake_score_zero3.json"
+    updates_per_generator_update: Positive = Field(5, description="fake-score updates, a step each, for one of the generator")
+    lora_rank: Positive = Field(128, description="of the adapter that makes the fake score of the real one")
     lora_alpha: Annotated[float, Field(gt=0)] = Field(128.0, description="the adapter is scaled by lora_alpha / lora_rank")
 
 
@@ -105,7 +109,7 @@ class Score(Section):
 class Sampling(Section):
     """How the generator samples, in training and after: its noise levels and what leads from one to the next."""
 
-    steps: Steps = 4
+    steps: Steps = Field(4, description="forwards of the generator a video")
     grid: Literal["stretched", "wan"] = Field(
         "stretched",
         description="stretched: from 1 down to last_sigma, as a stock FlowMatchEulerDiscreteScheduler has it; wan: from 0.999 in even "
@@ -172,21 +176,21 @@ USED_BY: dict[str, tuple[Stage, ...]] = {
 
 class Recipe(Section):
     stage: Stage = Field("dmd2", description="what is trained towards what: dmd_ds/distill has a file for each")
-    output_dir: str
-    max_steps: NotNegative
+    output_dir: str = Field(description="the run's folder; where it holds a checkpoint, the run goes on from it")
+    max_steps: NotNegative = Field(description="trainer steps; of DMD2 each but a warm-up's updates the fake score")
     max_hours: Annotated[float, Field(gt=0)] | None = Field(None, description="of this command; then it saves and ends, as on SIGTERM")
     max_skipped_updates: NotNegative = Field(
         10, description="updates in a row that may be left out for a loss or gradient that is not finite, before the run ends"
     )
-    save_every: Positive = 500
+    save_every: Positive = Field(500, description="trainer steps between two checkpoints")
     keep_checkpoints: Positive | None = Field(None, description="the newest so many stay, and the best; null: all")
     keep_every: Positive | None = Field(None, description="with keep_checkpoints: those of every so many steps stay too")
     background_save: bool = Field(False, description="training waits for a copy in the host's memory and not for the disk")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         ("tensorboard",), description="where numbers go beside metrics.jsonl; keys of services stay in the environment"
     )
-    seed: Seed = 0
-    activation_checkpointing: bool = True
+    seed: Seed = Field(0, description="of every random draw of the run")
+    activation_checkpointing: bool = Field(True, description="keeps a block's input alone for the backward and computes the rest again")
     activation_offload: bool = Field(False, description="what checkpointing keeps, each block's input, is kept in the host's memory")
     model: Model
     data: Data

@@ -45,7 +45,7 @@ class Regression(Section):
 
 
 class RewardTerm(Section):
-    weight: float
+    weight: float = Field(description="of it in the sum of all")
     path: str | None = Field(None, description="of the reward's own weights, where it has any")
 
 
@@ -95,8 +95,8 @@ class Gan(Section):
     head: Literal["token", "convolution"] = Field("token", description="a mark for every token, or convolutions and attention over all")
     blocks: list[NotNegative] | None = Field(None, min_length=1, description="whose features it reads; at 1/2, 3/4 and the end by default")
     width: Positive = Field(256, description="of the head's own layers")
-    sigma_min: Sigma = 0.02
-    sigma_max: Sigma = 0.98
+    sigma_min: Sigma = Field(0.02, description="the least noise level")
+    sigma_max: Sigma = Field(0.98, description="the greatest")
     r1_weight: NotNegativeNumber = Field(0.0, description="of the approximate R1 penalty on the discriminator's slope at real samples")
     r1_strength: Annotated[float, Field(gt=0)] = Field(0.1, description="of the noise the slope is measured with, in units of latents")
 

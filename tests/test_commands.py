@@ -1,6 +1,7 @@
 """Every command says what it does with an example, what each word of it means, and which version it is of."""
 
 import argparse
+import functools
 import importlib
 import os
 import re
@@ -20,16 +21,23 @@ class Asked(Exception):
     """Holds the parser of a command that was about to read its arguments."""
 
 
-@pytest.fixture(params=COMMANDS)
-def command(request, monkeypatch) -> tuple[str, argparse.ArgumentParser]:
+@functools.cache
+def parser_of(path: str) -> argparse.ArgumentParser:
+    """That of a command's script."""
+
     def asked(parser, *_):
         raise Asked(parser)
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", asked)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_intermixed_args", asked)
-    with pytest.raises(Asked) as found:
-        importlib.import_module(request.param.removesuffix(".py").replace("/", ".")).main()
-    return request.param, found.value.args[0]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Asked) as found:
+        patch.setattr(argparse.ArgumentParser, "parse_args", asked)
+        patch.setattr(argparse.ArgumentParser, "parse_intermixed_args", asked)
+        importlib.import_module(path.removesuffix(".py").replace("/", ".")).main()
+    return found.value.args[0]
+
+
+@pytest.fixture(params=COMMANDS)
+def command(request) -> tuple[str, argparse.ArgumentParser]:
+    return request.param, parser_of(request.param)
 
 
 def test_a_commands_help_has_an_example_and_explains_every_word(command, capsys):

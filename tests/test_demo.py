@@ -27,6 +27,7 @@ def test_the_demo_runs_from_mp4_files_to_a_judged_student_and_again_fast(tmp_pat
     assert {"floor", "gap_closed", "both_of_teacher"} <= report.keys()
     assert len(list((out / "samples").glob("*.mp4"))) == 24
     assert iio.imread(out / "samples" / "contact_sheet.png").shape[1] > 3 * 5 * 64
+    assert (out / "demo.webp").stat().st_size < 1_000_000
     WanPipeline.from_pretrained(out / "student")
     assert done.stdout.splitlines()[-1].strip() == str(out / "report.html")
     assert "<title>demo</title>" in (out / "report.html").read_text()

@@ -5,8 +5,8 @@
 
     python tools/demo.py --out outputs/longer max_steps=1000
 
-Leaves outputs/demo/ with student/ (a diffusers folder), samples/ (mp4 files and contact_sheet.png), report.json and report.html,
-which a browser opens. What is finished is not done again.
+Leaves outputs/demo/ with student/ (a diffusers folder), samples/ (mp4 files and contact_sheet.png), demo.webp (the same in one
+animation), report.json and report.html, which a browser opens. What is finished is not done again.
 """
 
 import json
@@ -19,13 +19,13 @@ import time
 from pathlib import Path
 
 import imageio.v3 as iio
-import numpy as np
 import torch
 
 from dmd_ds.checkpoint import write_whole
 from dmd_ds.commands import command_parser
 from dmd_ds.data import moving_shapes
-from dmd_ds.data.video import contact_sheet, write_video
+from dmd_ds.data.clips import write_clips
+from dmd_ds.data.video import contact_sheet, write_animation, write_video
 from dmd_ds.errors import UserError, one_line_errors, read_json
 from dmd_ds.evaluation import REFERENCE, Evaluation, caption_list, evaluate, table
 from dmd_ds.generation import Settings, VideoModel
@@ -55,21 +55,6 @@ def run(*command: str, log: Path) -> None:
     if process.returncode:
         print("\n".join(log.read_text().splitlines()[-30:]), file=sys.stderr)
         raise UserError(f"{command[0]} ended with code {process.returncode}; the whole of what it printed is in {log}")
-
-
-def write_clips(folder: Path, clips_a_caption: int) -> None:
-    """Clips of every caption as mp4, and clips.jsonl that names them."""
-    rng = np.random.default_rng(0)
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    lines = []
-    for number, caption in enumerate(list(moving_shapes.CAPTIONS) * clips_a_caption):
-        name = f"{number:04d}.mp4"
-        write_video(unfinished / name, moving_shapes.draw(caption, rng), moving_shapes.FPS)
-        lines.append(json.dumps({"video_path": name, "caption": str(caption)}))
-    (unfinished / "clips.jsonl").write_text("\n".join(lines) + "\n")
-    unfinished.rename(folder)
 
 
 def encode(clips: Path, data: Path, log: Path) -> None:
@@ -114,18 +99,31 @@ def compare(student: Path, prompt_count: int, teacher_guidance: float) -> dict[s
     return evaluations
 
 
+def shown_places(videos: int) -> list[int]:
+    """Of the videos that are shown: of other captions each."""
+    return [i * min(videos, len(moving_shapes.CAPTIONS)) // SHOWN for i in range(SHOWN)]
+
+
 def write_samples(folder: Path, evaluations: dict[str, Evaluation]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shown = {name: evaluations[name] for name in ("teacher", "undistilled", "student")}
     videos = len(shown["student"].videos)
-    places = [i * min(videos, len(moving_shapes.CAPTIONS)) // SHOWN for i in range(SHOWN)]
+    places = shown_places(videos)
     for name, evaluation in shown.items():
         for place in places:
             path = folder / f"{place:03d} {moving_shapes.CAPTIONS[place]}, {name}.mp4".replace(" ", "_").replace(",", "")
             write_video(path, evaluation.videos[place], moving_shapes.FPS)
     sheet = contact_sheet([[evaluation.videos[place] for evaluation in shown.values()] for place in places])
     iio.imwrite(folder / "contact_sheet.png", sheet)
+
+
+def write_film(path: Path, evaluations: dict[str, Evaluation], steps: int) -> None:
+    """The same prompts and seeds by teacher, undistilled model and student, in motion."""
+    shown = {"teacher": "teacher, 50 steps", "undistilled": f"undistilled, {steps} steps", "student": f"student, {steps} steps"}
+    places = shown_places(len(evaluations["student"].videos))
+    rows = {str(moving_shapes.CAPTIONS[place]): [evaluations[name].videos[place] for name in shown] for place in places}
+    write_animation(path, list(shown.values()), rows, moving_shapes.FPS)
 
 
 def write_report(path: Path, evaluations: dict[str, Evaluation], prompt_count: int) -> None:
@@ -166,7 +164,7 @@ def demo(out: Path, prompt_count: int, clips_a_caption: int, overrides: list[str
 
     say("1/5 clips of moving shapes, as mp4")
     if not clips.exists():
-        write_clips(clips, clips_a_caption)
+        write_clips(clips, clips_a_caption * len(moving_shapes.CAPTIONS))
     say("2/5 their latents and text embeddings")
     if not data.exists():
         encode(clips, data, out / "encode.log")
@@ -179,6 +177,7 @@ def demo(out: Path, prompt_count: int, clips_a_caption: int, overrides: list[str
     if not report_file.exists():
         evaluations = compare(student, prompt_count, recipe.score.guidance)
         write_samples(out / "samples", evaluations)
+        write_film(out / "demo.webp", evaluations, recipe.sampling.steps)
         write_report(report_file, evaluations, prompt_count)
 
     write_page([out / "run"], out / "report.html", title=out.name)
@@ -195,7 +194,8 @@ def demo(out: Path, prompt_count: int, clips_a_caption: int, overrides: list[str
         f"\nthe student closes {report['gap_closed']:.0%} of the Fréchet gap between the undistilled model and the teacher "
         f"(floor {report['floor']:.2f}) and is {report['speedup']:.0f} times faster; {time.monotonic() - began:.0f} s in all"
     )
-    print(f"look at\n  {out}/samples/contact_sheet.png\n  {out}/samples/*.mp4\n  {report_file}\n  {student}/\n  {out}/report.html")
+    made = (out / "demo.webp", f"{out}/samples/contact_sheet.png", f"{out}/samples/*.mp4", report_file, f"{student}/", out / "report.html")
+    print("look at", *made, sep="\n  ")
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Video and image files: read at a wanted size and rate, written as H.264, laid side by side as a contact sheet.
+"""Video and image files: read at a wanted size and rate, written as H.264, laid side by side as a contact sheet or an animation.
 
 Videos are uint8 `[T, H, W, 3]`.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from dmd_ds.errors import UserError
 
@@ -163,3 +163,34 @@ def contact_sheet(rows: list[list[np.ndarray]], frames: int = 5, gap: int = 4) -
         lines += [np.concatenate(line, axis=1)]
     spacer = np.full((gap, lines[0].shape[1], 3), 255, np.uint8)
     return np.concatenate([part for line in lines for part in (line, spacer)][:-1])
+
+
+def write_animation(path: Path, columns: Sequence[str], rows: Mapping[str, Sequence[np.ndarray]], fps: float, across: int = 2) -> None:
+    """An animated WebP that goes on for ever: for each caption a row of videos, one a column, under the columns' names.
+
+    All videos of one size; `across` captions stand side by side. Written beside and renamed.
+    """
+    width, gap, line = 112, 4, 16  # pixels: of a video, between two, of a line of text
+    (first, *_), *_ = rows.values()
+    frames, height = len(first), round(width * first.shape[1] / first.shape[2])
+    block = len(columns) * (width + gap) + 2 * gap
+    lines = -(-len(rows) // across)
+    canvas = Image.new("RGB", (across * block - 3 * gap, line + lines * (height + line + gap)), "white")
+    drawing, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    corners = [((i % across) * block, line + (i // across) * (height + line + gap)) for i in range(len(rows))]
+    for left, top in corners[:across]:
+        for number, name in enumerate(columns):
+            drawing.text((left + number * (width + gap), top - line), name, "black", font)
+    for (left, top), caption in zip(corners, rows, strict=True):
+        drawing.text((left, top + height), caption, "#555555", font)
+    pictures = []
+    for frame in range(frames):
+        picture = canvas.copy()
+        for (left, top), videos in zip(corners, rows.values(), strict=True):
+            for number, video in enumerate(videos):
+                still = Image.fromarray(video[frame]).resize((width, height), Image.Resampling.BICUBIC)
+                picture.paste(still, (left + number * (width + gap), top))
+        pictures.append(picture)
+    temporary = path.with_name(f".{path.stem}.tmp.webp")
+    pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0, quality=80, method=6)
+    temporary.rename(path)

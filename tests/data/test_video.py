@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from dmd_ds.data import moving_shapes as ms
-from dmd_ds.data.video import VideoSize, best_size, contact_sheet, fit, read_image, read_video, write_video
+from dmd_ds.data.clips import write_clips
+from dmd_ds.data.video import VideoSize, best_size, contact_sheet, fit, read_image, read_video, write_animation, write_video
 from dmd_ds.errors import UserError
+from tools.encode_videos import list_clips
 
 
 def film(name: str) -> Path:
@@ -119,3 +121,31 @@ def test_what_is_no_image_is_named(tmp_path):
 def test_a_film_goes_to_the_size_that_loses_least_of_it(film, chosen):
     sizes = [VideoSize.parse(text) for text in ("81x480x832", "33x480x832", "81x832x480", "81x624x624")]
     assert best_size(sizes, film) == chosen
+
+
+def test_an_animation_shows_each_video_in_its_column_frame_by_frame_for_ever(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = {str(ms.CAPTIONS[i]): [ms.draw(ms.CAPTIONS[i + j], rng) for j in (0, 18)] for i in (1, 2, 20)}
+    write_animation(tmp_path / "demo.webp", ["left", "right"], rows, 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.webp"]
+    with Image.open(tmp_path / "demo.webp") as opened:
+        assert (opened.format, opened.n_frames, opened.info["loop"]) == ("WEBP", 17, 0)
+        opened.seek(16)
+        last = np.asarray(opened.convert("RGB")).astype(int)
+        assert opened.info["duration"] == 125
+    videos, block = list(rows.values()), 2 * (112 + 4) + 2 * 4
+    for row, column in ((0, 0), (0, 1), (1, 0), (2, 1)):  # two captions side by side, the third below
+        left, top = row % 2 * block + column * (112 + 4), 16 + row // 2 * (112 + 16 + 4)
+        expected = Image.fromarray(videos[row][column][16]).resize((112, 112), Image.Resampling.BICUBIC)
+        assert abs(last[top : top + 112, left : left + 112] - np.asarray(expected)).mean() < 4
+    assert last[:14].min() < 100 and last[-14:].min() < 160  # the columns' names, the captions
+
+
+def test_clips_of_the_moving_shapes_are_what_encode_videos_reads_and_never_written_over(tmp_path):
+    write_clips(tmp_path / "clips", 3)
+    found = list_clips(tmp_path / "clips" / "clips.jsonl")
+    assert [clip.caption for clip in found] == [str(caption) for caption in ms.CAPTIONS[:3]]
+    assert [ms.judge(read_video(clip.path, 17, 64, 64, 8)).color for clip in found] == ["red"] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["clips"]
+    with pytest.raises(UserError, match="exists already"):
+        write_clips(tmp_path / "clips", 3)
