@@ -2,7 +2,7 @@
 
 The floor has the same model and kernels, checkpointing and optimisers, and nothing around them: no DeepSpeed and so no part to
 gather or reduce, no hooks, no random draws kept by sample, no log. Both take turns in one process on one rank, so what slows the
-machine slows both. `passes` are forwards and backwards that the algorithm cannot do without.
+machine slows both. On accelerators a job over all of them says beside it what of their peak it reaches (bench.utilisation).
 """
 
 import gc
@@ -10,10 +10,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from dmd_ds.bench import utilisation
 from dmd_ds.bench.ranks import run_ranks
 from dmd_ds.bench.world import World, recipe_of, trainer_of, written
 from dmd_ds.distill.dmd2 import DMD2Engine
@@ -125,16 +127,22 @@ def on_rank(world: dict, folder: str, repeats: int) -> dict[str, list[float]]:
     return found
 
 
-def measure(world: World, repeats: int) -> dict[str, list[float]]:
+def measure(world: World, repeats: int) -> dict[str, Any]:
+    accelerator = get_accelerator()
     with written(world) as folder:
-        return run_ranks("step", 1, world=world.__dict__, folder=folder, repeats=repeats)
+        found = run_ranks("step", 1, world=world.__dict__, folder=folder, repeats=repeats)
+        if accelerator.device_name() != "cpu":
+            found["utilisation"] = run_ranks("utilisation", accelerator.device_count(), world=world.__dict__, folder=folder)
+    return found
 
 
-def table(found: dict[str, list[float]]) -> str:
+def table(found: dict[str, Any]) -> str:
     """Medians and quartiles of seconds, and of the ratio within each pair."""
     ratios = [a / b for a, b in zip(found["trainer"], found["floor"], strict=True)]
     lines = ["| | median | quarter below | quarter above |", "|---|---|---|---|"]
     for name, values in (("seconds, trainer", found["trainer"]), ("seconds, floor", found["floor"]), ("trainer / floor", ratios)):
         low, _, high = statistics.quantiles(values, n=4)
         lines.append(f"| {name} | {statistics.median(values):.3f} | {low:.3f} | {high:.3f} |")
+    if "utilisation" in found:
+        lines += utilisation.lines(found["utilisation"])
     return "\n".join(lines)

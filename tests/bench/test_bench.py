@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dmd_ds.bench import data, gather, infer, load, memory, scale, sequence, step
+from dmd_ds.bench import data, gather, infer, load, memory, scale, sequence, step, utilisation
 from dmd_ds.bench.counting import Collectives, counting_kept_bytes
 from dmd_ds.bench.ranks import run_ranks
 from dmd_ds.bench.world import World, written
@@ -124,6 +124,23 @@ def test_the_trainer_and_its_floor_take_turns():
     assert {name: len(values) for name, values in found.items()} == {"trainer": 3, "floor": 3}
     assert min(found["trainer"] + found["floor"]) > 0
     assert "trainer / floor" in step.table(found)
+
+
+@pytest.mark.slow
+def test_an_iteration_has_its_operations_and_beside_no_accelerator_nothing_is_hidden():
+    with written(SMALL) as folder:
+        found = run_ranks("utilisation", 1, world=SMALL.__dict__, folder=folder)
+    assert found["seconds"] > 0 and found["hidden"] is None
+    forward = SMALL.model.forward_flops(SMALL.tokens, SMALL.text)
+    assert found["flops"] == pytest.approx(forward * (3 + 5 * 4 + 3 + 3 + 5 * 2))  # rollouts, generator, scores, fake score
+
+
+def test_communication_is_hidden_where_something_is_computed_meanwhile():
+    kernels = [("ncclDevKernel_AllGather", 0, 10), ("gemm", 4, 6), ("gelu", 5, 8), ("ncclDevKernel_ReduceScatter", 20, 30)]
+    assert utilisation.hidden_share(kernels) == pytest.approx(4 / 20)
+    assert utilisation.hidden_share(kernels[1:3]) is None
+    lines = utilisation.lines({"seconds": 2.0, "flops": 1e12, "hidden": 0.25}, peak=1e12)
+    assert ["50.0%" in lines[0], "25.0%" in lines[1]] == [True, True]
 
 
 @pytest.mark.slow
