@@ -72,6 +72,7 @@ class Optimizer(Section):
     betas: tuple[Beta, Beta] = Field((0.0, 0.999), description="of Adam's two averages; 0 for the first is no momentum")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's")
     warmup_steps: NotNegative = Field(0, description="optimiser steps over which the learning rate grows to its full value")
+    cooldown_steps: NotNegative = Field(0, description="the last optimiser steps of max_steps, over which it falls to nothing")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="a longer gradient, of all weights together, is scaled to it")
     ds_config: DsConfig
 
@@ -246,6 +247,10 @@ class Recipe(Section):
             return step
         warm = self.regression.steps
         return min(step, warm) + -(-max(0, step - warm) // self.fake_score.updates_per_generator_update)
+
+    @property
+    def all_generator_updates(self) -> int:
+        return self.generator_updates(self.max_steps)
 
     def global_batch_size(self, world_size: int) -> int:
         """Samples of a step on so many ranks."""

@@ -55,10 +55,11 @@ class Batch:
 
 
 def step_engine(
-    engine: deepspeed.DeepSpeedEngine, optimizer: Optimizer, update: int, name: str, passes: Iterable[Metrics]
+    engine: deepspeed.DeepSpeedEngine, optimizer: Optimizer, update: int, updates: int, name: str, passes: Iterable[Metrics]
 ) -> Metrics:
-    """The engine's `update`-th optimiser step, which the last of the `passes` takes; their numbers, averaged, and the gradient norm."""
-    set_lr(engine, optimizer, update)
+    """The engine's `update`-th optimiser step of all `updates`, which the last of the `passes` takes; their numbers, averaged, and the
+    gradient norm."""
+    set_lr(engine, optimizer, update, updates)
     done = list(passes)
     numbers = {key: sum(metrics[key] for metrics in done) / len(done) for key in done[0]}
     return numbers | {f"grad_norm/{name}": engine.get_global_grad_norm()}

@@ -147,7 +147,8 @@ class DMD2Engine(Stage):
     def generator_step(self, batches: Sequence[Batch], step: int) -> Metrics:
         """One update of the generator, by the distribution-matching gradient and, where there is a GAN, the discriminator's."""
         passes = (self.generator_pass(batch, step) for batch in batches)
-        return step_engine(self.generator, self.recipe.generator, self.recipe.generator_updates(step), "generator", passes)
+        update, updates = self.recipe.generator_updates(step), self.recipe.all_generator_updates
+        return step_engine(self.generator, self.recipe.generator, update, updates, GENERATOR, passes)
 
     def generator_pass(self, batch: Batch, step: int) -> Metrics:
         x0_BCTHW = self.generated(batch, step, "generator", batch.velocity_of(self.generator))
@@ -186,7 +187,10 @@ class DMD2Engine(Stage):
         """One update of the fake score: denoise what the generator makes now, and tell it from the dataset's."""
         one_pass: Callable[[Batch, int], Metrics] = self.score_and_gan_pass if self.recipe.gan.is_on else self.score_pass
         passes = (one_pass(batch, step) for batch in batches)
-        return step_engine(self.fake_score, self.recipe.fake_score, step - self.recipe.regression.steps, "fake_score", passes)
+        warm_up = self.recipe.regression.steps
+        return step_engine(
+            self.fake_score, self.recipe.fake_score, step - warm_up, self.recipe.max_steps - warm_up, FAKE_SCORE, passes
+        )
 
     def score_pass(self, batch: Batch, step: int) -> Metrics:
         with torch.no_grad():

@@ -101,7 +101,8 @@ class Regression(Stage):
         return [Turn(GENERATOR, "regression", self.generator_step)]
 
     def generator_step(self, batches: Sequence[Batch], step: int) -> Metrics:
-        return step_engine(self.generator, self.optimizer, step, GENERATOR, (self.one_pass(batch, step) for batch in batches))
+        passes = (self.one_pass(batch, step) for batch in batches)
+        return step_engine(self.generator, self.optimizer, step, self.recipe.all_generator_updates, GENERATOR, passes)
 
     def one_pass(self, batch: Batch, step: int) -> Metrics:
         with torch.no_grad():

@@ -45,7 +45,7 @@ class RewardTraining(Stage):
 
     def generator_step(self, batches: Sequence[Batch], step: int) -> Metrics:
         passes = (self.one_pass(batch, step) for batch in batches)
-        return step_engine(self.generator, self.recipe.generator, step, GENERATOR, passes)
+        return step_engine(self.generator, self.recipe.generator, step, self.recipe.all_generator_updates, GENERATOR, passes)
 
     def one_pass(self, batch: Batch, step: int) -> Metrics:
         x0_BCTHW, penalty = self.generated(batch, step)

@@ -200,9 +200,9 @@ def frozen(module: nn.Module, ds_config: dict[str, Any]) -> nn.Module:
     return engine.module
 
 
-def set_lr(engine: deepspeed.DeepSpeedEngine, optimizer: Optimizer, update: int) -> None:
-    """The learning rate of this engine's `update`-th optimiser step, a function of that number alone."""
-    warm = min(1.0, (update + 1) / (optimizer.warmup_steps + 1))
+def set_lr(engine: deepspeed.DeepSpeedEngine, optimizer: Optimizer, update: int, updates: int) -> None:
+    """The learning rate of this engine's `update`-th optimiser step of so many `updates`, a function of these numbers alone."""
+    warm = min(1.0, (update + 1) / (optimizer.warmup_steps + 1), (updates - update) / (optimizer.cooldown_steps + 1))
     for group in engine.optimizer.param_groups:
         group["lr"] = optimizer.lr * warm
 

@@ -117,7 +117,8 @@ def plain_stage(recipe: Recipe, global_batch_size: int, epsilon: float, embeddin
         optimizer.zero_grad()
         loss.backward()
         line["grad_norm/generator"] = float(torch.nn.utils.clip_grad_norm_(trained.values(), section.max_grad_norm))
-        optimizer.param_groups[0]["lr"] = section.lr * (0.5 if step == 0 else 1.0)  # warm-up of 1 update
+        falling = (recipe.max_steps - step) / (section.cooldown_steps + 1)
+        optimizer.param_groups[0]["lr"] = section.lr * min(0.5 if step == 0 else 1.0, falling)  # warm-up of 1 update
         optimizer.step()
         log.append(line)
     return log, trained

@@ -27,7 +27,11 @@ STEPS = 4
 CPU = torch.device("cpu")
 LORA = {"lora_rank": 3, "lora_alpha": 12.0, "lr": 5e-3}
 # huber_c of the size of the differences: far below them the loss is a distance, whose gradient jumps with the rounding of a sum
-CFG = {"stage": "cfg_distill", "cfg_distill": {"guidance_min": 1.0, "guidance_max": 6.0, "huber_c": 0.05}}
+CFG = {
+    "stage": "cfg_distill",
+    "cfg_distill": {"guidance_min": 1.0, "guidance_max": 6.0, "huber_c": 0.05},
+    "generator": {"cooldown_steps": 2},
+}
 PLUGINS = "tests.distributed.plain_stages"
 REWARD = {
     "stage": "reward",
