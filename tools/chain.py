@@ -9,8 +9,8 @@ A chain is one that ships in tools/chains or a YAML file, a list of stages:
     - recipe: tiny_cfg_distill      # a shipped recipe or a YAML file
       changes: [max_steps=1000]     # key=value, of this stage
 
---out gets a run and a diffusers folder a stage, 1_cfg_distill/ and 1_cfg_distill_model/, 2_dmd2/ and so on; the last folder is what was
-wanted. The same command goes on where it stopped. key=value on the command line are of every stage.
+--out gets a run with its report.html and a diffusers folder a stage, 1_cfg_distill/ and 1_cfg_distill_model/, 2_dmd2/ and so on; the
+last folder is what was wanted. The same command goes on where it stopped. key=value on the command line are of every stage.
 """
 
 import shlex
@@ -87,6 +87,13 @@ def take(step: Step, launcher: list[str]) -> None:
     to_diffusers(find_student(folder), step.model)
 
 
+def report(step: Step) -> None:
+    """The run's page, once."""
+    folder = Path(step.recipe.output_dir)
+    if not (folder / "report.html").is_file():
+        run([sys.executable, "tools/report.py", str(folder)], folder.with_suffix(".log"))
+
+
 def evaluate(step: Step, prompts: int, teacher: str | None) -> None:
     """Into the run's own folder; beside the teacher where it is given."""
     out = Path(step.recipe.output_dir) / "evaluation"
@@ -113,6 +120,7 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         for number, step in enumerate(steps):
             take(step, shlex.split(a.launcher))
+            report(step)
             if a.evaluate:
                 evaluate(step, a.evaluate, steps[0].recipe.model.path if number == 0 else None)
             print(f"{step.recipe.stage}: {step.model}", flush=True)

@@ -97,6 +97,7 @@ def test_a_shared_sample_costs_what_the_closed_form_says():
     assert json.loads(json.dumps(row)) == row and len(sequence.table([row]).splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_loading_holds_a_part_and_little_more():
     size = ModelSize(layers=4, heads=8, head_dim=128, ffn=4096)
     rows = load.measure_size(size, ranks=2)
@@ -119,6 +120,7 @@ def test_a_rank_holds_what_zero_3_says():
 # ---- time: that it is measured, not how long it takes --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_trainer_and_its_floor_take_turns():
     found = step.measure(SMALL, repeats=3)
     assert {name: len(values) for name, values in found.items()} == {"trainer": 3, "floor": 3}

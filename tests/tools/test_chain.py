@@ -54,4 +54,5 @@ def test_a_chain_runs_from_the_teacher_to_a_rewarded_student_and_again_fast(tmp_
     assert first.returncode == again.returncode == 0, first.stdout + again.stdout
     assert first.stdout.count("train.py") == 3 and "train.py" not in again.stdout
     last = tmp_path / "out" / "3_reward_model"
+    assert len(list((tmp_path / "out").glob("*/report.html"))) == 3
     assert again.stdout.splitlines()[-1] == f"reward: {last}" and "Trained on rewards" in Path(last / "README.md").read_text()
