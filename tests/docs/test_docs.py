@@ -39,6 +39,12 @@ ELSEWHERE = {
     "python tools/evaluate.py STUDENT --vbench": (
         "tests/tools/test_evaluate.py::test_two_ranks_make_videos_for_vbench_and_other_settings_are_refused"
     ),
+    "python tools/evaluate.py outputs/chain/1_cfg_distill": (
+        "tests/distributed/test_stages.py::test_a_guided_student_is_exported_with_its_embedding_or_folded_and_read_as_it_lies_there"
+    ),
+    "python tools/evaluate.py student outputs/tiny_reward": (
+        "tests/tools/test_evaluate.py::test_at_another_size_the_reference_is_the_teachers_own_or_there_is_none"
+    ),
     "python inference/web.py": "tests/inference/test_web.py::test_the_button_makes_the_students_video_and_the_teachers_of_the_same_size",
     "python tools/bench.py all": "tests/bench/test_bench.py::test_a_rank_holds_what_zero_3_says",
 }
