@@ -27,11 +27,7 @@ STEPS = 4
 CPU = torch.device("cpu")
 LORA = {"lora_rank": 3, "lora_alpha": 12.0, "lr": 5e-3}
 # huber_c of the size of the differences: far below them the loss is a distance, whose gradient jumps with the rounding of a sum
-CFG = {
-    "stage": "cfg_distill",
-    "cfg_distill": {"guidance_min": 1.0, "guidance_max": 6.0, "huber_c": 0.05},
-    "generator": {"cooldown_steps": 2},
-}
+CFG = {"stage": "cfg_distill", "cfg_distill": {"guidance_min": 1.0, "guidance_max": 6.0, "huber_c": 0.05}}
 PLUGINS = "tests.distributed.plain_stages"
 REWARD = {
     "stage": "reward",
@@ -42,7 +38,7 @@ HALF_STEP = {"stage": "regression", "regression": {"target": "half_step"}, "samp
 SHARED = {"parallel": {"ulysses": 2}, "data": {"batch_size": 2}}  # both ranks work on every sample
 WAYS = {
     "cfg on data": CFG,
-    "cfg on data, sequence parallel": {**CFG, **SHARED},
+    "cfg on data, sequence parallel, cooling down": {**CFG, **SHARED, "generator": {"cooldown_steps": 2}},
     "cfg on the teacher's path, LoRA": {
         **CFG, "cfg_distill": {**CFG["cfg_distill"], "input": "teacher", "teacher_steps": 3}, "generator": LORA,
     },
