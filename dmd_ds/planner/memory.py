@@ -206,6 +206,15 @@ def rollout_phase(setup: Setup, block: Block) -> Terms:
     return merged(gathered, {"a block's forward": block.forward()}, latents_bytes(setup, 3))
 
 
+def arrival_phase(setup: Setup, block: Block) -> Terms:
+    """The last block of a generator that is held whole arrives: once as it comes from the ranks, once put together."""
+    if setup.gather == "each" or setup.generator_lora:
+        return {}
+    held = weights_held(setup, None, setup.generator_zero)
+    arriving = {"a block as it arrives": setup.precision.weights * sum(setup.model.block_weights())} if held else {}
+    return merged(held, arriving, {"a block's input": block.u * block.a + block.around}, latents_bytes(setup, 3))
+
+
 def generator_phases(setup: Setup) -> dict[str, Terms]:
     zero = setup.generator_zero
     block = Block(setup, setup.batch, setup.generator_lora_rank)
@@ -216,6 +225,7 @@ def generator_phases(setup: Setup) -> dict[str, Terms]:
     parts = setup.score_parts
     phases = {
         "generator: rollout without gradient": rollout_phase(setup, block),
+        "generator: last block of the rollout arrives": arrival_phase(setup, block),
         # at its beginning, what a rollout has held is whole; at the last block, whose input is part of the graph, it is let go
         "generator: exit forward begins": merged(
             each if setup.gather == "each" else whole, {"a block's forward": block.forward_with_graph()}, latents_bytes(setup, 3)
@@ -253,6 +263,7 @@ def fake_score_phases(setup: Setup) -> dict[str, Terms]:
     held = latents_bytes(setup, 7 + 3 * setup.judged if setup.judged else 5)
     return {
         "fake score: rollout without gradient": rollout_phase(setup, rollout),
+        "fake score: last block of the rollout arrives": arrival_phase(setup, rollout),
         "fake score: forward": merged(
             weights_held(setup, setup.lora_rank, zero) if setup.gather == "update" else gathered_forward(block, zero),
             {"kept for the backward": block.before_last()},
