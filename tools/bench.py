@@ -9,10 +9,12 @@
     python tools/bench.py data               # encoding, loading, waiting
     python tools/bench.py sequence           # one sample over several ranks: bytes kept and sent
     python tools/bench.py load --model 1.3b  # memory while published sizes load
-    python tools/bench.py all
+    python tools/bench.py all                # these
+    python tools/bench.py recipe t2v_1.3b_480p [key=value]   # on accelerators: a shipped recipe's memory against its plan, seconds
 
 Each part prints a table and writes OUT/PART.json. The world's size can be given, larger for accelerators, where compute has to
-dominate for a ratio of seconds to say something: --layers 8 --heads 12 --head-dim 128 --frames 21 --height 60 --width 104.
+dominate for a ratio of seconds to say something: --layers 8 --heads 12 --head-dim 128 --frames 21 --height 60 --width 104. Frames,
+height and width are those of latents; of `recipe`, those of a video.
 """
 
 import argparse
@@ -20,12 +22,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dmd_ds.bench import data, gather, infer, load, memory, scale, sequence, step
+from dmd_ds.bench import data, gather, infer, load, memory, recipe, scale, sequence, step
 from dmd_ds.bench.world import World
 from dmd_ds.checkpoint import write_whole
 from dmd_ds.commands import command_parser
 from dmd_ds.errors import UserError, one_line_errors
-from dmd_ds.planner.sizes import PUBLISHED
+from dmd_ds.planner.sizes import PUBLISHED, Video
 
 SMALL = World(layers=3, heads=2, head_dim=32, height=4, width=4, frames=2)  # where bytes are counted and seconds are not
 PARTS = {
@@ -38,6 +40,7 @@ PARTS = {
     "sequence": (sequence, lambda a: sequence.measure(a.tokens)),
     "load": (load, lambda a: load.measure(a.model, a.ranks)),
 }
+ON_ACCELERATORS = {"recipe": (recipe, lambda a: recipe.measure(*named(a), video_of(a)))}
 SIZES = ("layers", "heads", "head_dim", "frames", "height", "width")
 
 
@@ -50,8 +53,18 @@ def world_of(a: argparse.Namespace, default: World) -> World:
     return World(**{**default.__dict__, **given})
 
 
+def video_of(a: argparse.Namespace) -> Video:
+    return Video(**{name: getattr(a, name) for name in ("frames", "height", "width") if getattr(a, name) is not None})
+
+
+def named(a: argparse.Namespace) -> tuple[str, list[str]]:
+    if not a.recipe:
+        raise UserError("recipe: which one? bench.py recipe t2v_1.3b_480p")
+    return a.recipe[0], a.recipe[1:]
+
+
 def run(name: str, a: argparse.Namespace) -> None:
-    part, measure = PARTS[name]
+    part, measure = {**PARTS, **ON_ACCELERATORS}[name]
     found: Any = measure(a)
     a.out.mkdir(parents=True, exist_ok=True)
     write_whole(a.out / f"{name}.json", json.dumps(found, indent=1) + "\n")
@@ -60,7 +73,8 @@ def run(name: str, a: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("part", choices=[*PARTS, "all"], help="what is measured")
+    parser.add_argument("part", choices=[*PARTS, *ON_ACCELERATORS, "all"], help="what is measured")
+    parser.add_argument("recipe", nargs="*", metavar="name, key=value", help="of recipe: a shipped one, and changes to it")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="where the numbers go (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="of step and infer (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="of gather and load (default: %(default)s)")
@@ -68,7 +82,7 @@ def main() -> None:
     parser.add_argument("--model", choices=PUBLISHED, default="1.3b", help="of load: its random weights go to a temporary folder")
     for name in SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="of the world")
-    a = parser.parse_args()
+    a = parser.parse_intermixed_args()
     with one_line_errors():
         for name, least in (("repeats", 2), ("ranks", 1)):
             if getattr(a, name) < least:

@@ -4,12 +4,12 @@ import json
 import logging
 import sys
 
-from dmd_ds.bench import data, gather, infer, load, memory, scale, sequence, step, utilisation
+from dmd_ds.bench import data, gather, infer, load, memory, recipe, scale, sequence, step, utilisation
 from dmd_ds.bench.ranks import RECORD
 
 PARTS = {
-    "data": data, "gather": gather, "infer": infer, "load": load, "memory": memory, "scale": scale, "sequence": sequence, "step": step,
-    "utilisation": utilisation,
+    "data": data, "gather": gather, "infer": infer, "load": load, "memory": memory, "recipe": recipe, "scale": scale,
+    "sequence": sequence, "step": step, "utilisation": utilisation,
 }  # fmt: skip
 
 

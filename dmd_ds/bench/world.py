@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +24,14 @@ from dmd_ds.wan.tensors import Spec, save_weights
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Sizes of the model and of its videos' latents; `text` tokens a prompt."""
+    """Sizes of the model and of its videos' latents; `text` tokens a prompt. `ffn` 0 is four times the width."""
 
     layers: int = 4
     heads: int = 4
     head_dim: int = 64
+    ffn: int = 0
+    text_dim: int = 64
+    freq_dim: int = 64
     frames: int = 5
     height: int = 16
     width: int = 16
@@ -36,8 +40,8 @@ class World:
 
     @property
     def model(self) -> ModelSize:
-        D = self.heads * self.head_dim
-        return ModelSize(self.layers, self.heads, self.head_dim, ffn=4 * D, text_dim=64, freq_dim=64)
+        ffn = self.ffn or 4 * self.heads * self.head_dim
+        return ModelSize(self.layers, self.heads, self.head_dim, ffn, text_dim=self.text_dim, freq_dim=self.freq_dim)
 
     @property
     def latents_shape(self) -> tuple[int, int, int, int]:
@@ -65,7 +69,14 @@ def write_model(folder: Path, size: ModelSize, dtype: torch.dtype = torch.bfloat
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in WanTransformer3DModel.from_config(config).named_parameters()}
     specs = {name: Spec(shape, dtype) for name, shape in shapes.items()}
-    save_weights(folder / "transformer", specs, lambda name: 0.02 * torch.randn(shapes[name], dtype=dtype))
+    save_weights(folder / "transformer", specs, lambda name: 0.02 * random_numbers(shapes[name], dtype))
+
+
+def random_numbers(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Of a normal distribution; the same million over and over, since drawing 14 billion takes longer than what is measured."""
+    numel = math.prod(shape)
+    drawn = torch.randn(min(numel, 2**20), dtype=dtype)
+    return drawn.repeat(-(-numel // len(drawn)))[:numel].view(shape)
 
 
 def write_data(folder: Path, world: World, samples: int = 8) -> None:
