@@ -73,6 +73,7 @@ def build_score_model(inputs: Inputs, sequence: SequenceParallel) -> ScoreModel:
         taps = recipe.gan.blocks or default_taps(len(transformer.blocks))
         config = transformer.config
         head = HEADS[recipe.gan.head](len(taps), config.num_attention_heads * config.attention_head_dim, recipe.gan.width)
+        head.to(training_dtype())  # an engine's trained weights are of one type
     score_model = ScoreModel(transformer, sequence, recipe.activation_checkpointing, recipe.activation_offload, sorted(taps), head)
     torch.manual_seed(recipe.seed)  # the adapter's first weights, likewise
     score_model.add_adapter(recipe.fake_score.lora_rank, recipe.fake_score.lora_alpha)

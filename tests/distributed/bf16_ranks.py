@@ -2,10 +2,11 @@
 
 import torch
 
-from dmd_ds import trainer
+from dmd_ds import build, start, trainer
 from dmd_ds.parallel import engine
 from tests.distributed import split_ranks
 
 if __name__ == "__main__":
-    trainer.training_dtype = engine.training_dtype = lambda: torch.bfloat16
+    for module in (engine, build, start, trainer):
+        module.training_dtype = lambda: torch.bfloat16
     split_ranks.main()

@@ -122,9 +122,19 @@ def test_an_optimiser_on_nvme_trains_goes_on_and_is_exported(tmp_path):
     assert torch.equal(exported["blocks.1.ffn.net.2.weight"], weights(recipe, STEPS, "generator")["transformer.blocks.1.ffn.net.2.weight"])
 
 
-def test_without_fp32_masters_it_trains_in_bf16_and_all_it_keeps_of_a_weight_is_bf16(world, plain):
-    recipe = recipe_of(world, "bf16", ds_file(world, "zero3_bf16_states"), LORA | {"ema_decay": None})
-    train_all(world, [recipe], "bf16_ranks")
+@pytest.fixture(scope="module")
+def bf16_runs(world):
+    parts = {"gan": {"generator_weight": 0.1, "r1_weight": 1.0, "blocks": [0, 1]}, "regression": {"steps": 1, "teacher_steps": 2}}
+    runs = {
+        "bf16 states": recipe_of(world, "bf16", ds_file(world, "zero3_bf16_states"), LORA | {"ema_decay": None}),
+        "all parts": recipe_of(world, "all-parts", generator={"ema_decay": 0.5}, **parts),
+    }
+    train_all(world, list(runs.values()), "bf16_ranks")
+    return runs
+
+
+def test_without_fp32_masters_it_trains_in_bf16_and_all_it_keeps_of_a_weight_is_bf16(bf16_runs, plain):
+    recipe = bf16_runs["bf16 states"]
     for line, other in zip(metrics(recipe), plain["LoRA"][0], strict=True):
         assert line["loss/fake_score"] == pytest.approx(other["loss/fake_score"], rel=0.01)
     early, late = weights(recipe, 2, "generator"), weights(recipe, STEPS, "generator")
@@ -133,6 +143,13 @@ def test_without_fp32_masters_it_trains_in_bf16_and_all_it_keeps_of_a_weight_is_
     kept = read_header(checkpoint.folder / "rank_00000.safetensors")
     assert {key.split("/")[0] for key in kept} == {"master", "exp_avg", "exp_avg_sq"}
     assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16} and {weight.dtype for weight in late.values()} == {torch.float32}
+
+
+def test_every_part_of_dmd2_trains_in_bf16_with_the_losses_of_fp32(bf16_runs):
+    recipe = bf16_runs["all parts"]
+    for line, other in zip(metrics(recipe), plain_dmd2(recipe, 2, EPSILON)[0], strict=True):
+        losses = {name: value for name, value in other.items() if name.startswith("loss/")}
+        assert losses and {name: line[name] for name in losses} == pytest.approx(losses, rel=0.05, abs=0.01)
 
 
 def test_on_the_cpu_training_is_fp32_whatever_the_json_says_of_bf16(world):
