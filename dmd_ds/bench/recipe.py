@@ -32,7 +32,7 @@ def world_of(name: str, video: Video) -> World:
     """The recipe's model at that size of video; `UserError` for a recipe that names no published size, or an image's."""
     size = published_size(name)
     if size is None or size.image_dim:
-        raise UserError(f"--recipe {name}: must be one of text to video that names a published size (1.3b, 14b)")
+        raise UserError(f"recipe {name}: must be one of text to video that names a published size (1.3b, 14b)")
     frames, height, width = video.latents()
     about_model = {key: getattr(size, key) for key in ("layers", "heads", "head_dim", "ffn", "text_dim", "freq_dim")}
     return World(**about_model, frames=frames, height=height, width=width)
@@ -45,7 +45,7 @@ def on_rank(name: str, overrides: list[str], world: dict, video: dict, folder: s
     recipe = load_recipe(name, [*CHANGES, *overrides, *paths])
     with joined(recipe.parallel) as mesh:
         trainer = trainer_of(world, recipe, mesh)
-        found: dict[str, Any] = {"standing": accelerator.memory_allocated(), "turns": {}}
+        found: dict[str, Any] = {"turns": {}}
         for step in (0, recipe.fake_score.updates_per_generator_update):  # the generator is due; once to warm up
             batches = trainer.batches(step)
             for turn in trainer.stage.turns(step):
@@ -58,6 +58,7 @@ def on_rank(name: str, overrides: list[str], world: dict, video: dict, folder: s
                 accelerator.synchronize()
                 taken = {"seconds": time.perf_counter() - began, "peak": accelerator.max_memory_allocated()}
                 found["turns"][turn.name] = taken | {"reserved": accelerator.max_memory_reserved()}
+        found["standing"] = accelerator.memory_allocated()
         trainer.monitor.close()
         sections = {"generator": recipe.generator, "fake_score": recipe.fake_score}
         files = {key: read_ds_config(f"{key}.ds_config", section.ds_config) for key, section in sections.items()}

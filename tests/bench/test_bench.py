@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dmd_ds.bench import data, gather, infer, load, memory, scale, sequence, step, utilisation
+from dmd_ds.bench import data, gather, infer, load, memory, recipe, scale, sequence, step, utilisation
 from dmd_ds.bench.counting import Collectives, counting_kept_bytes
 from dmd_ds.bench.ranks import run_ranks
 from dmd_ds.bench.world import World, written
-from dmd_ds.errors import RunError
-from dmd_ds.planner.sizes import ModelSize
+from dmd_ds.errors import RunError, UserError
+from dmd_ds.planner.sizes import PUBLISHED, ModelSize, Video
 from dmd_ds.recipe import REPOSITORY
 
 SMALL = World(layers=2, heads=2, head_dim=32, height=4, width=4, frames=2)
@@ -143,6 +143,40 @@ def test_communication_is_hidden_where_something_is_computed_meanwhile():
     assert utilisation.hidden_share(kernels[1:3]) is None
     lines = utilisation.lines({"seconds": 2.0, "flops": 1e12, "hidden": 0.25}, peak=1e12)
     assert ["50.0%" in lines[0], "25.0%" in lines[1]] == [True, True]
+
+
+@pytest.mark.slow
+def test_a_shipped_recipe_takes_both_turns_with_a_plan_beside():
+    with written(SMALL) as folder:
+        arguments = {"name": "t2v_1.3b_480p", "overrides": ["fake_score.lora_rank=4"], "world": SMALL.__dict__, "folder": folder}
+        found = run_ranks("recipe", 1, video=Video(5, 32, 32).__dict__, **arguments)
+    turns = found["turns"]
+    assert set(turns) == set(found["planned"]) == {"generator", "fake score"}
+    assert min(*(turn["seconds"] for turn in turns.values()), *found["planned"].values(), found["standing"], found["planned_standing"]) > 0
+    assert found["seconds"] == pytest.approx(turns["generator"]["seconds"] + 5 * turns["fake score"]["seconds"])
+    # rollouts, generator, scores, fake score and the GAN's two, the gradient of the GAN
+    assert found["flops"] == pytest.approx(SMALL.model.forward_flops(SMALL.tokens, 32) * (3 + 5 * 4 + 3 + 3 + 5 * 3 * 2 + 2))
+
+
+def test_the_table_of_a_recipe_compares_with_the_plan():
+    turns = {"generator": {"seconds": 5.0, "peak": 45e9, "reserved": 50e9}, "fake score": {"seconds": 1.0, "peak": 60e9, "reserved": 70e9}}
+    planned = {"planned": {"generator": 50e9, "fake score": 60e9}, "planned_standing": 20e9}
+    lines = recipe.table({"turns": turns, **planned, "standing": 20e9, "seconds": 10.0, "flops": 9.89e14}).splitlines()
+    assert lines[2:5] == [
+        "| generator | 5.00 | 45.00 | 50.00 | 0.900 | 50.00 |", "| fake score | 1.00 | 60.00 | 60.00 | 1.000 | 70.00 |",
+        "| between steps | | 20.00 | 20.00 | 1.000 | |",
+    ]  # fmt: skip
+    assert "10.0 s, 1.0 PFLOP of the algorithm, 10.0% of 989 TFLOP/s" in lines[-1]
+
+
+def test_a_recipe_is_measured_at_its_published_size_and_none_without_an_accelerator():
+    world = recipe.world_of("t2v_1.3b_480p", Video(81, 480, 832))
+    assert world.model == PUBLISHED["1.3b"] and world.latents_shape == (16, 21, 60, 104)
+    for name in ("tiny", "i2v_14b_480p"):
+        with pytest.raises(UserError, match=f"recipe {name}: must be one of text to video"):
+            recipe.world_of(name, Video())
+    done = bench("recipe", "t2v_1.3b_480p")
+    assert done.returncode == 2 and done.stderr.startswith("error: recipe: needs an accelerator")
 
 
 @pytest.mark.slow
