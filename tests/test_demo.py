@@ -16,7 +16,7 @@ from dmd_ds.recipe import REPOSITORY
 def test_the_demo_runs_from_mp4_files_to_a_judged_student_and_again_fast(tmp_path):
     out = tmp_path / "demo"
     command = [sys.executable, "tools/demo.py", "--out", str(out), "--prompts", "18", "--clips", "1"]
-    overrides = ["max_steps=6", "save_every=6", "validation.every=6", "data.batch_size=4"]
+    overrides = ["max_steps=6", "save_every=6", "validation.every=6", "data.batch_size=4", "regression.steps=1"]
     done = subprocess.run([*command, *overrides], cwd=REPOSITORY, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((out / "report.json").read_text())

@@ -32,7 +32,8 @@ from dmd_ds.recipe import REPOSITORY
 WHO = ("a rank", "all ranks", "the launcher")
 WHEN = ("step", "save", "switch of latest")
 STEPS, SAVE_EVERY = 8, 2
-RECIPE = ["tiny", "data.batch_size=1", "data.sizes=[5x64x64]", "validation.every=0", f"max_steps={STEPS}", f"save_every={SAVE_EVERY}"]
+SMALL = ["data.batch_size=1", "data.sizes=[5x64x64]", "validation.every=0", "regression.steps=1", "regression.teacher_steps=2"]
+RECIPE = ["tiny", *SMALL, f"max_steps={STEPS}", f"save_every={SAVE_EVERY}"]
 PATIENCE_S = 300
 
 

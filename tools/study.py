@@ -9,6 +9,7 @@ A study is one that ships in tools/studies or a YAML file:
     recipe: tiny              # a shipped recipe or a YAML file
     seeds: [0, 1, 2]
     prompts: 256              # judged videos a run
+    sizes: [17x96x96]         # frames x height x width: judged there too, beside the teacher
     common: [max_steps=600]   # of all runs
     runs:                     # by name, what is changed
       whole: []
@@ -31,10 +32,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from dmd_ds import checkpoint
+from dmd_ds import checkpoint, section
 from dmd_ds.checkpoint import write_whole
 from dmd_ds.commands import command_parser
 from dmd_ds.data import moving_shapes
+from dmd_ds.data.video import VideoSize
 from dmd_ds.errors import RunError, UserError, one_line_errors, read_text
 from dmd_ds.evaluation import REFERENCE, Evaluator, caption_list, compare, lines_of
 from dmd_ds.recipe import REPOSITORY, Recipe, load_recipe, nearest, parse_yaml, validated
@@ -50,6 +52,7 @@ class Study(Section):
     seeds: list[Seed] = Field([0], min_length=1)
     prompts: Annotated[int, Field(ge=2)] = 256
     first_seed: Seed = Field(1000, description="of the judged videos")
+    sizes: list[section.VideoSize] = Field([], description="frames x height x width, where students are judged beside their own")
     common: list[str] = Field([], description="key=value, changes to the recipe of all runs")
     runs: dict[str, list[str]] = Field(min_length=1)
 
@@ -102,23 +105,38 @@ def train(recipe: Recipe, overrides: list[str], name: str, threads: int) -> None
 
 
 def measure(study: Study, recipe: Recipe, teacher: str, evaluator: Evaluator) -> dict[str, float]:
-    """What the student reaches in the steps it was trained for, beside its teacher and what that makes in as many."""
+    """What the student reaches in the steps it was trained for, beside its teacher, guided as published, and what that makes in as many.
+
+    At each of the study's sizes `both`, and `falls at`: how much further the student falls there from its own size than the teacher.
+    """
     student, source = find_source(recipe.output_dir), find_source(teacher)
-    size = {name: getattr(student.settings, name) for name in ("frames", "height", "width")}
-    of_teacher = source.settings.changed(guidance=recipe.score.guidance, **size)
-    rows = compare(evaluator, [(student, student.settings)], (source, of_teacher), [recipe.sampling.steps])
+    own = {name: getattr(student.settings, name) for name in VideoSize._fields}
+    students = student.settings.changed(steps=recipe.sampling.steps)
+    rows = compare(evaluator, [(student, students)], (source, source.settings.changed(**own)), [recipe.sampling.steps])
     lines = lines_of(rows, moving_shapes.read_features(REFERENCE))
-    found = next(lines[row.title] for row in rows if row.kind == "student")
+    kinds = {row.kind: lines[row.title] for row in rows}
+    found = kinds["student"]
     seconds = [json.loads(line)["seconds"] for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
-    return {name: found[name] for name in COLUMNS if name in found} | {"seconds_trained": sum(seconds)}
+    numbers = {name: found[name] for name in COLUMNS if name in found} | {"seconds_trained": sum(seconds)}
+    for size in study.sizes:
+        there = VideoSize.parse(size)._asdict()
+        both = {
+            "student": evaluator(student, students.changed(**there)).numbers["both"],
+            "teacher": evaluator(source, source.settings.changed(**there)).numbers["both"],
+        }
+        falls = {kind: kinds[kind]["both"] - both[kind] for kind in both}
+        numbers |= {f"both at {size}": both["student"], f"falls at {size}": falls["student"] - falls["teacher"]}
+    return numbers
 
 
 def markdown(found: dict[str, list[dict[str, float]]]) -> str:
     """A row a run: the mean over its seeds, and half of what lies between the least and the most."""
-    lines = ["| run | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    measured = {column for seeds in found.values() for numbers in seeds for column in numbers}
+    columns = [*COLUMNS, *sorted(measured - set(COLUMNS))]
+    lines = ["| run | seeds | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
     for name, seeds in found.items():
         cells = []
-        for column in COLUMNS:
+        for column in columns:
             values = [numbers[column] for numbers in seeds if column in numbers]
             apart = (max(values) - min(values)) / 2 if values else 0
             cells.append("-" if not values else f"{statistics.mean(values):.3f}" + (f" ± {apart:.3f}" if len(values) > 1 else ""))

@@ -28,7 +28,7 @@ def launch(folder: Path, environment: dict, hosts: list[str], *arguments: str) -
     hostfile.write_text("".join(f"{host} slots=1\n" for host in hosts))
     # --no_ssh_check and --master_addr: the launcher asks plain ssh for these, which knows nothing of the test's own hosts
     options = ["--hostfile", str(hostfile), "--no_ssh_check", "--master_addr", HOSTS["machine-a"], "--master_port", str(free_port())]
-    recipe = ["tiny", f"output_dir={folder / 'run'}", "data.batch_size=1", "validation.every=0", *arguments]
+    recipe = ["tiny", f"output_dir={folder / 'run'}", "data.batch_size=1", "validation.every=0", "regression.steps=0", *arguments]
     output = (folder / "output").open("w")
     command = [DEEPSPEED, *options, "dmd_ds/train.py", *recipe]
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)

@@ -28,6 +28,7 @@ def test_every_run_of_a_shipped_study_is_a_recipe_with_a_folder_of_its_own(path,
         ("seeds: [0]", "study.yaml: the key runs is missing"),
         ("runs: {a: []}\nprompts: 1", "study.yaml: prompts=1: input should be greater than or equal to 2"),
         ("runs: {a: []}\nseed: 1", "study.yaml: unknown key seed"),
+        ("runs: {a: []}\nsizes: [9x64]", "study.yaml: sizes"),
     ],
 )
 def test_a_study_with_a_mistake_names_file_and_key(tmp_path, text, message):
@@ -48,7 +49,7 @@ def test_a_study_trains_its_runs_once_and_compares_them_with_the_teacher(tmp_pat
     recipe = make_recipe(tmp_path, max_steps=2, data={"batch_size": 2})
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     runs = {"whole": [], "faster": ["generator.lr=1e-2"]}
-    study = {"recipe": str(tmp_path / "recipe.yaml"), "seeds": [0, 1], "prompts": 4, "runs": runs}
+    study = {"recipe": str(tmp_path / "recipe.yaml"), "seeds": [0, 1], "prompts": 4, "sizes": ["5x32x32"], "runs": runs}
     (tmp_path / "study.yaml").write_text(json.dumps(study))
     command = "tools/study.py", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out"), "--jobs", "2"
     first, again = (run_ranks(1, *command)[0] for _ in range(2))
@@ -56,5 +57,6 @@ def test_a_study_trains_its_runs_once_and_compares_them_with_the_teacher(tmp_pat
     assert first.stdout.count("training ") == 4 and "training " not in again.stdout
     found = json.loads((tmp_path / "out" / "study.json").read_text())["runs"]
     assert {name: len(seeds) for name, seeds in found.items()} == {"whole": 2, "faster": 2}
-    assert all({"frechet", "gap_closed", "seconds_trained"} <= numbers.keys() for seeds in found.values() for numbers in seeds)
+    columns = {"frechet", "gap_closed", "seconds_trained", "both at 5x32x32", "falls at 5x32x32"}
+    assert all(columns <= numbers.keys() for seeds in found.values() for numbers in seeds)
     assert Path(tmp_path / "out" / "table.md").read_text() in first.stdout
