@@ -53,7 +53,7 @@ def test_a_wrong_override_is_one_line_that_names_the_key(override, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-REWARD = ["stage=reward", "fake_score=null", "generator.lora_rank=4", "reward.rewards={a: 1}"]
+REWARD = ["regression={}", "stage=reward", "fake_score=null", "generator.lora_rank=4", "reward.rewards={a: 1}"]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ REWARD = ["stage=reward", "fake_score=null", "generator.lora_rank=4", "reward.re
         (["stage=regression", "fake_score=null", "gan.generator_weight=1"], "gan: stage=regression has no use for this section"),
         (["cfg_distill.guidance_max=3"], "cfg_distill: stage=dmd2 has no use for this section"),
         (["fake_score=null"], "the key fake_score is missing"),
-        ([*REWARD[:3]], "the key reward.rewards is missing"),
+        ([*REWARD[:4]], "the key reward.rewards is missing"),
         ([*REWARD, "generator.lora_rank=null"], "generator.lora_rank=None: stage=reward trains an adapter"),
         ([*REWARD, "model.guidance_embedding=true"], "model.guidance_embedding=True: stage=reward trains an adapter alone"),
         ([*REWARD, "reward.steps=5"], "reward.steps=5: are of sampling.steps=4"),
