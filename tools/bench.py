@@ -84,6 +84,8 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="of the world")
     a = parser.parse_intermixed_args()
     with one_line_errors():
+        if a.recipe and a.part not in ON_ACCELERATORS:
+            raise UserError(f"{' '.join(a.recipe)}: {a.part} takes no recipe")
         for name, least in (("repeats", 2), ("ranks", 1)):
             if getattr(a, name) < least:
                 raise UserError(f"--{name} {getattr(a, name)}: must be at least {least}")

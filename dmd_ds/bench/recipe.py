@@ -38,6 +38,13 @@ def world_of(name: str, video: Video) -> World:
     return World(**about_model, frames=frames, height=height, width=width)
 
 
+def check_recipe(name: str, overrides: list[str]) -> None:
+    """`UserError`, before anything is written, for a recipe with a mistake, of another stage than DMD2, or with a warm-up before it."""
+    recipe = load_recipe(name, [*CHANGES, *overrides])  # which no other stage has a use for
+    if recipe.regression.steps:
+        raise UserError(f"recipe {name}: regression.steps={recipe.regression.steps}: DMD2 is measured, without a warm-up")
+
+
 def on_rank(name: str, overrides: list[str], world: dict, video: dict, folder: str) -> dict[str, Any]:
     """Seconds and peaks by turn of a second iteration, of which the fake score's turn is taken once."""
     world, accelerator = World(**world), get_accelerator()
@@ -74,6 +81,7 @@ def measure(name: str, overrides: list[str], video: Video) -> dict[str, Any]:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         raise UserError("recipe: needs an accelerator; on a CPU `memory` and `step` measure the same code at small sizes")
+    check_recipe(name, overrides)
     world = world_of(name, video)
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)

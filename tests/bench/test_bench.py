@@ -175,6 +175,14 @@ def test_a_recipe_is_measured_at_its_published_size_and_none_without_an_accelera
     for name in ("tiny", "i2v_14b_480p"):
         with pytest.raises(UserError, match=f"recipe {name}: must be one of text to video"):
             recipe.world_of(name, Video())
+    with pytest.raises(UserError, match="rollout: stage=reward has no use for this section"):
+        recipe.check_recipe("t2v_1.3b_480p_reward", [])
+    with pytest.raises(UserError, match="regression.steps=5: DMD2 is measured, without a warm-up"):
+        recipe.check_recipe("t2v_1.3b_480p", ["regression.steps=5"])
+    with pytest.raises(UserError, match="unknown key generator.rl"):
+        recipe.check_recipe("t2v_1.3b_480p", ["generator.rl=1"])
+    refused = bench("gather", "t2v_1.3b_480p")
+    assert refused.returncode == 2 and refused.stderr.strip() == "error: t2v_1.3b_480p: gather takes no recipe"
     done = bench("recipe", "t2v_1.3b_480p")
     assert done.returncode == 2 and done.stderr.startswith("error: recipe: needs an accelerator")
 
