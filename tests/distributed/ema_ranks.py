@@ -15,6 +15,11 @@ from dmd_ds.parallel.mesh import joined
 from dmd_ds.recipe import Parallel
 
 
+def have_same_bits(masters: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    """The last rank's part ends with padding that holds whatever the memory held: a NaN there equals itself in its bits alone."""
+    return all(torch.equal(master.view(torch.int32), other.view(torch.int32)) for master, other in zip(masters, others, strict=True))
+
+
 def check(bf16: bool, device: torch.device) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 33), nn.Linear(33, 3))
@@ -52,14 +57,14 @@ def check(bf16: bool, device: torch.device) -> None:
                 whole.data.copy_(parameter)
         assert torch.equal(plain(x), averaged) and not torch.equal(averaged, trained)
         masters = [master.detach().clone() for master in engine.optimizer.fp32_partitioned_groups_flat]
-        assert all(map(torch.equal, masters, moments))
+        assert have_same_bits(masters, moments)
     assert torch.equal(compute(), trained)
-    assert all(map(torch.equal, ema.averages, moments))
+    assert have_same_bits(ema.averages, moments)
 
     reference = [master.detach().clone() for master in engine.optimizer.fp32_partitioned_groups_flat]
     train()
     moved = zip(engine.optimizer.fp32_partitioned_groups_flat, reference, strict=True)
-    assert all((master - before).abs().max() > 1e-3 for master, before in moved)
+    assert all((master - before).abs().nan_to_num().max() > 1e-3 for master, before in moved)
     assert not torch.equal(compute(), trained)
 
 
