@@ -25,6 +25,7 @@ REFERENCE = PACKAGE / "assets" / "tiny-wan" / "reference.safetensors"
 COLUMNS = ("color", "shape", "motion", "both", "speed", "sharpness", "saturation", "frechet", "seconds", "evaluations")
 COMPARED = ("gap_closed", "diversity")  # to the teacher: columns of a comparison alone
 SPREADS = ("size_spread", "path_spread", "start_spread")
+RATIOS = ("both", "speed", "saturation", *SPREADS)  # to the teacher, each as NAME_of_teacher
 SHOWN = 6  # videos of an evaluation that are kept, for the contact sheet
 OTHER_SEEDS = 5_000_000  # from the judged videos' seeds to those of a reference that is made here
 
@@ -168,7 +169,7 @@ def lines_of(rows: list[Row], reference_NF: np.ndarray | None) -> dict[str, dict
     """The numbers of each row, by its title, with what compares it to the teacher where there is one.
 
     `gap_closed`: (undistilled - student) / (undistilled - teacher) in Fréchet distances, at the same number of steps.
-    `diversity`: the least of the spreads' ratios to the teacher's. `both`, `speed` and `saturation` `_of_teacher`: ratios.
+    `both`, `speed`, `saturation` and the spreads `_of_teacher`: ratios. `diversity`: the least of those of the spreads.
     """
     lines = {row.title: dict(row.evaluation.numbers) for row in rows}
     if reference_NF is not None:
@@ -180,9 +181,9 @@ def lines_of(rows: list[Row], reference_NF: np.ndarray | None) -> dict[str, dict
     undistilled = {row.steps: lines[row.title] for row in rows if row.kind == "undistilled"}
     for row in rows:
         line = lines[row.title]
+        line |= {f"{name}_of_teacher": line[name] / teacher[name] for name in RATIOS if teacher[name] > 0}
         if min(teacher[spread] for spread in SPREADS) > 0:  # it has two videos of a caption
-            line["diversity"] = min(line[spread] / teacher[spread] for spread in SPREADS)
-        line |= {f"{name}_of_teacher": line[name] / teacher[name] for name in ("both", "speed", "saturation") if teacher[name] > 0}
+            line["diversity"] = min(line[f"{spread}_of_teacher"] for spread in SPREADS)
         if row.kind == "student" and "frechet" in line:
             before = undistilled[row.steps]["frechet"]
             if before != teacher["frechet"]:  # as they are at guidance 1 and the teacher's own steps

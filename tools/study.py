@@ -38,13 +38,13 @@ from dmd_ds.commands import command_parser
 from dmd_ds.data import moving_shapes
 from dmd_ds.data.video import VideoSize
 from dmd_ds.errors import RunError, UserError, one_line_errors, read_text
-from dmd_ds.evaluation import REFERENCE, Evaluator, caption_list, compare, lines_of
+from dmd_ds.evaluation import RATIOS, REFERENCE, Evaluator, caption_list, compare, lines_of
 from dmd_ds.recipe import REPOSITORY, Recipe, load_recipe, nearest, parse_yaml, validated
 from dmd_ds.section import Section, Seed
 from dmd_ds.source import find_source
 
 STUDIES = REPOSITORY / "tools" / "studies"
-COLUMNS = ("gap_closed", "frechet", "both_of_teacher", "diversity", "speed_of_teacher", "saturation_of_teacher", "seconds_trained")
+COLUMNS = ("gap_closed", "frechet", "diversity", *(f"{name}_of_teacher" for name in RATIOS), "seconds_trained")
 
 
 class Study(Section):

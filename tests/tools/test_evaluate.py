@@ -109,6 +109,7 @@ def test_gap_closed_and_diversity_are_relative_to_the_teacher_at_the_same_steps(
     assert lines["s, 2"]["gap_closed"] == pytest.approx((4 - 1) / 4, abs=0.05)
     assert lines["s, 1"]["diversity"] == pytest.approx(0.5) and lines["s, 2"]["diversity"] == pytest.approx(1.0)
     assert lines["s, 1"]["speed_of_teacher"] == pytest.approx(0.75)
+    assert lines["s, 1"]["size_spread_of_teacher"] == pytest.approx(0.5)
     curves = {panel.title: panel for panel in panels([teacher, *undistilled, *students], lines)}
     assert curves["diversity"].curves["s"] == {1: lines["s, 1"]["diversity"], 2: lines["s, 2"]["diversity"]}
     assert curves["frechet"].level == lines["teacher, 50"]["frechet"] == pytest.approx(0, abs=1e-6)
