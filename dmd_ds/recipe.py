@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 from pydantic_core import PydanticCustomError
 
 from dmd_ds.errors import UserError, read_text
-from dmd_ds.section import NotNegative, Positive, Rate, Section, Seed, Sigma, Steps, Timesteps, VideoSize
+from dmd_ds.section import NotNegative, Positive, Rate, Section, Seed, Sigma, SizeText, Steps, Timesteps
 from dmd_ds.stages import CfgDistill, Gan, Regression, Reward, Rollout
 
 PACKAGE = Path(__file__).parent
@@ -39,7 +39,7 @@ class Model(Section):
 class Data(Section):
     path: str = Field(description="a latents dataset made by tools/encode_videos.py, or the name of one in dmd_ds/assets")
     batch_size: Positive = Field(1, description="samples a rank and backward pass")
-    sizes: list[VideoSize] | None = Field(
+    sizes: list[SizeText] | None = Field(
         None,
         min_length=1,
         description="frames x height x width, one drawn a step; the dataset's own by default, which a GAN, data and images need",

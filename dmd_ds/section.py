@@ -12,7 +12,7 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what torch takes
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Sigma = Annotated[float, Field(ge=0, le=1)]
 NotNegativeNumber = Annotated[float, Field(ge=0)]
-VideoSize = Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*x[1-9]\d*$")]
+SizeText = Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*x[1-9]\d*$")]
 Timesteps = Annotated[tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=1)]
 
 

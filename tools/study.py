@@ -32,7 +32,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from dmd_ds import checkpoint, section
+from dmd_ds import checkpoint
 from dmd_ds.checkpoint import write_whole
 from dmd_ds.commands import command_parser
 from dmd_ds.data import moving_shapes
@@ -40,7 +40,7 @@ from dmd_ds.data.video import VideoSize
 from dmd_ds.errors import RunError, UserError, one_line_errors, read_text
 from dmd_ds.evaluation import RATIOS, REFERENCE, Evaluator, caption_list, compare, lines_of
 from dmd_ds.recipe import REPOSITORY, Recipe, load_recipe, nearest, parse_yaml, validated
-from dmd_ds.section import Section, Seed
+from dmd_ds.section import Section, Seed, SizeText
 from dmd_ds.source import find_source
 
 STUDIES = REPOSITORY / "tools" / "studies"
@@ -52,7 +52,7 @@ class Study(Section):
     seeds: list[Seed] = Field([0], min_length=1)
     prompts: Annotated[int, Field(ge=2)] = 256
     first_seed: Seed = Field(1000, description="of the judged videos")
-    sizes: list[section.VideoSize] = Field([], description="frames x height x width, where students are judged beside their own")
+    sizes: list[SizeText] = Field([], description="frames x height x width, where students are judged beside their own")
     common: list[str] = Field([], description="key=value, changes to the recipe of all runs")
     runs: dict[str, list[str]] = Field(min_length=1)
 
