@@ -32,7 +32,7 @@ ELSEWHERE = {
     ),
     "python dmd_ds/train.py tiny_reward": "tests/distributed/test_stages.py::test_losses_norms_and_weights_are_those_of_plain_pytorch",
     "python tools/chain.py tiny": "tests/tools/test_chain.py::test_a_chain_runs_from_the_teacher_to_a_rewarded_student_and_again_fast",
-    "python tools/study.py ablation": "tests/tools/test_study.py::test_a_study_trains_its_runs_once_and_compares_them_with_the_teacher",
+    "python tools/study.py": "tests/tools/test_study.py::test_a_study_trains_its_runs_once_and_compares_them_with_the_teacher",
     "python tools/evaluate.py STUDENT [STUDENT ...]": (
         "tests/tools/test_evaluate.py::test_a_table_a_report_and_pictures_and_nothing_is_made_twice"
     ),
