@@ -130,7 +130,9 @@ class EngineState(ShardedState):
         """As the first step would have made them."""
         master = self.buffers(group)[MASTER]
         moments = {kind: torch.zeros_like(master) for kind in kinds if kind != MASTER}
-        counts = {key: torch.tensor(value) if isinstance(value, float) else value for key, value in numbers.items()}
+        settings = self.optimizer.optimizer.param_groups[0]
+        where = master.device if settings.get("fused") or settings.get("capturable") else "cpu"  # a fused kernel reads the count itself
+        counts = {key: torch.tensor(value, device=where) if isinstance(value, float) else value for key, value in numbers.items()}
         self._state(group).update({**counts, **moments})
 
     def load(self, read: Callable[[str, Part], torch.Tensor], kinds: list[str], numbers: Mapping[str, Number]) -> None:
