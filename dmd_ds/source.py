@@ -34,7 +34,8 @@ class Source:
         if self.student is None:
             return model
         if self.student.takes_guidance and not model.takes_guidance:
-            add_guidance_embedding(model.denoiser.transformer)
+            embedder = add_guidance_embedding(model.denoiser.transformer).condition_embedder.guidance_embedder
+            embedder.to(device, model.dtype).requires_grad_(False)
         for name, parameter in model.denoiser.transformer.named_parameters():
             parameter.data.copy_(self.student.read(name))
         return model

@@ -146,7 +146,9 @@ class Trainer:
         """Means of the ranks' numbers, and on how many of them each flag stands: one collective and one synchronisation."""
 
         def there(value: torch.Tensor | float) -> torch.Tensor:  # of a plain number `full` makes one without a wait, `tensor` with one
-            return value.float() if isinstance(value, torch.Tensor) else torch.full((), float(value), device=self.mesh.device)
+            if isinstance(value, torch.Tensor):
+                return value.to(self.mesh.device, torch.float32)  # the norm of gradients that are offloaded lies on the host
+            return torch.full((), float(value), device=self.mesh.device)
 
         sums = torch.stack([there(value) for value in (*metrics.values(), *flags)])
         dist.all_reduce(sums)

@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import groups, set_z3_leaf_modules, z3_leaf_module
 from pydantic import Field
 from torch import nn
+from torch.utils.cpp_extension import CUDA_HOME
 
 from dmd_ds.errors import UserError, read_json_mapping
 from dmd_ds.planner.sizes import ModelSize, with_auto_sizes
@@ -97,12 +98,16 @@ def check_offload(file: Path, zero: dict[str, Any]) -> None:
     if (zero.get("offload_param") or {}).get("device") == "nvme":
         raise UserError(f"{file}: offload_param.device='nvme'; weights are loaded into memory, the host's at the furthest: 'cpu'")
     optimizer = zero.get("offload_optimizer") or {}
+    if optimizer.get("ratio", 1) != 1:
+        raise UserError(f"{file}: offload_optimizer.ratio={SHORT.repr(optimizer['ratio'])}; all of the states lie in one place here: 1")
     if optimizer.get("device") != "nvme":
         return
     if "nvme_path" not in optimizer:
         raise UserError(f"{file}: offload_optimizer.device='nvme' needs a nvme_path beside it, a folder on that disk")
     if not get_accelerator().get_op_builder("AsyncIOBuilder")().is_compatible():
         raise UserError(f"{file}: offload_optimizer.device='nvme' needs DeepSpeed's async_io, which cannot be built: install libaio-dev")
+    if get_accelerator().device_name() == "cuda" and CUDA_HOME is None:
+        raise UserError(f"{file}: offload_optimizer.device='nvme' needs DeepSpeed's async_io, which a CUDA toolkit builds: set CUDA_HOME")
 
 
 def training_dtype() -> torch.dtype:

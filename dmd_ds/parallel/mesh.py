@@ -68,12 +68,17 @@ class Mesh:
         return values
 
     def gather_objects(self, value: object) -> list[object] | None:
-        """Every rank's value, in rank order, on rank 0; None elsewhere."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size if self.is_first else None
-        dist.gather_object(value, values)
-        return values
+        """Every rank's value, in rank order, on rank 0; None elsewhere.
+
+        They pass through the accelerators' memory one at a time: of videos all at once might not fit.
+        """
+        values = []
+        for rank in range(self.world_size):
+            box = [value if rank == self.rank else None]
+            dist.broadcast_object_list(box, src=rank)
+            if self.is_first:
+                values.append(box[0])
+        return values if self.is_first else None
 
     def barrier(self) -> None:
         dist.barrier()
@@ -185,6 +190,8 @@ def joined(parallel: Parallel):
         roll_call.wait_for_all()
         with ending_at_once(), naming_the_lost(roll_call):
             timeout = timedelta(seconds=2 * parallel.hang_timeout)  # of a collective; the roll call is to speak first
+            # xfuser and DeepSpeed name no time for the groups that they make; NCCL would give those ten minutes
+            dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
             dist.init_process_group(backend, timeout=timeout, store=dist.PrefixStore("world", roll_call.store), rank=rank, world_size=size)
             deepspeed.init_distributed(verbose=False)
             mesh = Mesh(

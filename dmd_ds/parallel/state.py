@@ -105,7 +105,6 @@ class EngineState(ShardedState):
 
     @property
     def numbers(self) -> dict[str, Number]:
-        # torch's optimisers count in a tensor of floats, DeepSpeed's in integers: a float comes back as the one, an int as the other
         return {key: float(value) if torch.is_tensor(value) else value for key, value in self._state(0).items() if key not in self.kinds}
 
     @contextlib.contextmanager
@@ -127,13 +126,19 @@ class EngineState(ShardedState):
         return {MASTER: self.optimizer.fp32_partitioned_groups_flat[group].detach(), **moments}
 
     def expect(self, group: int, kinds: list[str], numbers: Mapping[str, Number]) -> None:
-        """As the first step would have made them."""
-        master = self.buffers(group)[MASTER]
-        moments = {kind: torch.zeros_like(master) for kind in kinds if kind != MASTER}
-        settings = self.optimizer.optimizer.param_groups[0]
-        where = master.device if settings.get("fused") or settings.get("capturable") else "cpu"  # a fused kernel reads the count itself
-        counts = {key: torch.tensor(value, device=where) if isinstance(value, float) else value for key, value in numbers.items()}
-        self._state(group).update({**counts, **moments})
+        """As the optimiser that is here now would have made them at its first step; who wrote them may have been another."""
+        adam, master = self.optimizer.optimizer, self.buffers(group)[MASTER]
+        dtype = torch.float32 if getattr(adam, "fp32_optimizer_states", False) else master.dtype  # DeepSpeed's on the CPU
+        moments = {kind: torch.zeros_like(master, dtype=dtype) for kind in kinds if kind != MASTER}
+        self._state(group).update({**{key: self._count(value, master.device) for key, value in numbers.items()}, **moments})
+
+    def _count(self, value: Number, device: torch.device) -> int | torch.Tensor:
+        """DeepSpeed's optimisers count in an integer, torch's in a tensor of floats, which a fused kernel reads beside the weights."""
+        adam = self.optimizer.optimizer
+        if type(adam).__module__.startswith("deepspeed."):
+            return int(value)
+        settings = adam.param_groups[0]
+        return torch.tensor(float(value), device=device if settings.get("fused") or settings.get("capturable") else "cpu")
 
     def load(self, read: Callable[[str, Part], torch.Tensor], kinds: list[str], numbers: Mapping[str, Number]) -> None:
         self.optimizer.checkpoint_event_prologue()  # every weight in its parts, and nowhere whole

@@ -122,6 +122,17 @@ def test_an_optimiser_on_nvme_trains_goes_on_and_is_exported(tmp_path):
     assert torch.equal(exported["blocks.1.ffn.net.2.weight"], weights(recipe, STEPS, "generator")["transformer.blocks.1.ffn.net.2.weight"])
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_optimiser(world):
+    """PyTorch's Adam, DeepSpeed's on the host, which is compiled for a minute, and PyTorch's again."""
+    torchs, deepspeeds = ds_file(world, "generator_zero3"), ds_file(world, "zero3_optimizer_offload")
+    on, off, again = (recipe_of(world, "switched", file) for file in (torchs, deepspeeds, torchs))
+    train_all(world, [on.model_copy(update={"max_steps": 2}), off.model_copy(update={"max_steps": 3}), again])
+    lines, generator, adapter = plain_dmd2(again, 2, EPSILON)
+    assert_same_numbers(metrics(again), lines, 1e-4)
+    assert_trained_as(again, STEPS, generator, adapter)
+
+
 @pytest.fixture(scope="module")
 def bf16_runs(world):
     parts = {"gan": {"generator_weight": 0.1, "r1_weight": 1.0, "blocks": [0, 1]}, "regression": {"steps": 1, "teacher_steps": 2}}
@@ -172,6 +183,7 @@ def nvme_file(folder: Path, section: str, **keys) -> Path:
         ("offload_param", {"nvme_path": "/disk"}, "offload_param.device='nvme'; weights are loaded into memory"),
         ("offload_optimizer", {}, "offload_optimizer.device='nvme' needs a nvme_path beside it"),
         ("offload_optimizer", {"nvme_path": "/disk"}, "needs DeepSpeed's async_io, which cannot be built: install libaio-dev"),
+        ("offload_optimizer", {"nvme_path": "/disk", "ratio": 0.5}, "offload_optimizer.ratio=0.5; all of the states lie in one place here"),
     ],
 )
 def test_an_offload_that_cannot_be_is_one_line_that_names_the_file(tmp_path, monkeypatch, section, keys, message):
@@ -181,8 +193,12 @@ def test_an_offload_that_cannot_be_is_one_line_that_names_the_file(tmp_path, mon
     with pytest.raises(UserError, match=f"{file.name}: .*{message}"):
         read_ds_config("generator.ds_config", str(file))
     monkeypatch.setattr(builder, "is_compatible", lambda self: True)
-    if keys and section == "offload_optimizer":
+    if keys == {"nvme_path": "/disk"} and section == "offload_optimizer":
         assert read_ds_config("generator.ds_config", str(file))["zero_optimization"]["offload_optimizer"]["device"] == "nvme"
+        monkeypatch.setattr(get_accelerator(), "device_name", lambda: "cuda")
+        monkeypatch.setattr("dmd_ds.parallel.engine.CUDA_HOME", None)
+        with pytest.raises(UserError, match=f"{file.name}: .* which a CUDA toolkit builds: set CUDA_HOME"):
+            read_ds_config("generator.ds_config", str(file))
 
 
 @pytest.mark.parametrize(

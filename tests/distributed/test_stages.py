@@ -138,6 +138,12 @@ def test_a_guided_student_is_exported_with_its_embedding_or_folded_and_read_as_i
     assert VideoModel(str(tmp_path / "told"), CPU).evaluations(told) == told.steps
 
 
+def test_a_fresh_embedding_is_read_in_the_precision_of_the_rest(runs, monkeypatch):
+    monkeypatch.setattr("dmd_ds.generation.inference_dtype", lambda device: torch.bfloat16)  # as on an accelerator
+    loaded = find_source(runs["cfg on data"].output_dir).load(CPU).denoiser.transformer
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
 def test_a_guided_student_is_where_dmd2_starts_its_real_score_in_one_pass(runs, tmp_path):
     to_diffusers(find_student(Path(runs["cfg on data"].output_dir)), tmp_path / "told")
     data = {"path": runs["cfg on data"].data.path, "batch_size": 1}

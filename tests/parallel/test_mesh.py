@@ -112,3 +112,17 @@ def test_a_cuda_build_of_torch_joins_on_a_machine_without_a_gpu():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "joined on cpu" in done.stdout, done.stderr
+
+
+def test_every_group_waits_longer_than_the_roll_call_that_is_to_speak_first():
+    code = """
+import torch.distributed as dist
+from dmd_ds.parallel.mesh import joined
+from dmd_ds.recipe import Parallel
+with joined(Parallel(hang_timeout=77.0)) as mesh:
+    made_later = dist.new_group([0])
+    groups = (dist.group.WORLD, made_later, mesh.sequence_group, mesh.ulysses_group, mesh.ring_group)
+    print("seconds", *(group._get_backend(mesh.device).options._timeout.total_seconds() for group in groups))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert f"seconds{' 154.0' * 5}" in done.stdout, done.stdout + done.stderr
