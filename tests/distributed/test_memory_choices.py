@@ -124,10 +124,10 @@ def test_an_optimiser_on_nvme_trains_goes_on_and_is_exported(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_under_another_optimiser(world):
-    """PyTorch's Adam, DeepSpeed's on the host, which is compiled for a minute, and PyTorch's again."""
-    torchs, deepspeeds = ds_file(world, "generator_zero3"), ds_file(world, "zero3_optimizer_offload")
-    on, off, again = (recipe_of(world, "switched", file) for file in (torchs, deepspeeds, torchs))
-    train_all(world, [on.model_copy(update={"max_steps": 2}), off.model_copy(update={"max_steps": 3}), again])
+    """DeepSpeed's Adam on the host, which is compiled for a minute, PyTorch's, and DeepSpeed's again."""
+    deepspeeds, torchs = ds_file(world, "zero3_optimizer_offload"), ds_file(world, "generator_zero3")
+    first, other, again = (recipe_of(world, "switched", file) for file in (deepspeeds, torchs, deepspeeds))
+    train_all(world, [first.model_copy(update={"max_steps": 2}), other.model_copy(update={"max_steps": 3}), again])
     lines, generator, adapter = plain_dmd2(again, 2, EPSILON)
     assert_same_numbers(metrics(again), lines, 1e-4)
     assert_trained_as(again, STEPS, generator, adapter)
