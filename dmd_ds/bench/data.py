@@ -11,38 +11,25 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dmd_ds.bench.ranks import run_ranks
 from dmd_ds.bench.world import World, recipe_of, trainer_of, write_data, written
-from dmd_ds.data import moving_shapes
+from dmd_ds.data.clips import write_clips
 from dmd_ds.data.latents import LatentsDataset
-from dmd_ds.data.video import write_video
-from dmd_ds.evaluation import caption_list
 from dmd_ds.parallel.mesh import joined
 from dmd_ds.recipe import REPOSITORY, Parallel
 
 HD = World(frames=21, height=90, width=160, text=120)
 
 
-def write_clips(folder: Path, count: int) -> None:
-    """Videos of moving shapes with their captions."""
-    folder.mkdir(parents=True)
-    captions = caption_list(count)
-    for number, caption in enumerate(captions):
-        video = moving_shapes.draw(moving_shapes.parse(caption), np.random.default_rng(number), height=256, width=256)
-        write_video(folder / f"{number:03d}.mp4", video, 8)
-        (folder / f"{number:03d}.txt").write_text(caption)
-
-
 def encoding(folder: Path, clips: int) -> dict[str, float]:
     """Clips a second by `tools/encode_videos.py`, with its start, decoded in turn and ahead, one and four at once."""
-    write_clips(folder / "clips", clips)
+    write_clips(folder / "clips", clips, height=256, width=256)
     found = {}
     for workers, batch in ((1, 1), (2, 1), (2, 4)):
-        command = [sys.executable, "tools/encode_videos.py", folder / "clips", folder / f"out-{workers}-{batch}", "--model", "tiny-wan"]
-        command += ["--sizes", "17x64x64", "--fps", "8", "--workers", workers, "--batch", batch]
+        command = [sys.executable, "tools/encode_videos.py", folder / "clips" / "clips.jsonl", folder / f"out-{workers}-{batch}"]
+        command += ["--model", "tiny-wan", "--sizes", "17x64x64", "--fps", "8", "--workers", workers, "--batch", batch]
         began = time.perf_counter()
         subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True, capture_output=True)
         found[f"{workers} decoding, {batch} at once"] = clips / (time.perf_counter() - began)

@@ -11,7 +11,7 @@ from dmd_ds.data.video import write_video
 from dmd_ds.errors import UserError
 
 
-def write_clips(folder: Path, count: int, seed: int = 0) -> None:
+def write_clips(folder: Path, count: int, seed: int = 0, height: int = moving_shapes.HEIGHT, width: int = moving_shapes.WIDTH) -> None:
     """So many clips, of every caption in turn; the folder has its name only when it is whole. `UserError` for one that is there."""
     if folder.exists():
         raise UserError(f"{folder}: exists already; name another folder or remove it")
@@ -22,7 +22,7 @@ def write_clips(folder: Path, count: int, seed: int = 0) -> None:
     lines = []
     for number in range(count):
         name, caption = f"{number:04d}.mp4", moving_shapes.CAPTIONS[number % len(moving_shapes.CAPTIONS)]
-        write_video(unfinished / name, moving_shapes.draw(caption, rng), moving_shapes.FPS)
+        write_video(unfinished / name, moving_shapes.draw(caption, rng, height=height, width=width), moving_shapes.FPS)
         lines.append(json.dumps({"video_path": name, "caption": str(caption)}))
     (unfinished / "clips.jsonl").write_text("\n".join(lines) + "\n")
     unfinished.rename(folder)
