@@ -99,7 +99,7 @@ def check_offload(file: Path, zero: dict[str, Any]) -> None:
         raise UserError(f"{file}: offload_param.device='nvme'; weights are loaded into memory, the host's at the furthest: 'cpu'")
     optimizer = zero.get("offload_optimizer") or {}
     if optimizer.get("ratio", 1) != 1:
-        raise UserError(f"{file}: offload_optimizer.ratio={SHORT.repr(optimizer['ratio'])}; all of the states lie in one place here: 1")
+        raise UserError(f"{file}: offload_optimizer.ratio={SHORT.repr(optimizer['ratio'])}: must be 1, all of the states in one place")
     if optimizer.get("device") != "nvme":
         return
     if "nvme_path" not in optimizer:

@@ -70,10 +70,10 @@ class Mesh:
     def gather_objects(self, value: object) -> list[object] | None:
         """Every rank's value, in rank order, on rank 0; None elsewhere.
 
-        They pass through the accelerators' memory one at a time: of videos all at once might not fit.
+        They pass through the accelerators' memory one at a time, rank 0's own not at all: of videos all at once might not fit.
         """
-        values = []
-        for rank in range(self.world_size):
+        values = [value]
+        for rank in range(1, self.world_size):
             box = [value if rank == self.rank else None]
             dist.broadcast_object_list(box, src=rank)
             if self.is_first:

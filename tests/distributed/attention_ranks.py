@@ -87,6 +87,7 @@ def main() -> None:
             mesh = lay(world, ulysses, ring)
             found |= {f"{ulysses}x{ring} {tokens}": differences(mesh, tokens) for tokens in TOKENS}
             found[f"{ulysses}x{ring} image to video"] = {"value": image_to_video_difference(mesh)}
+        assert world.gather_objects(world.rank) == (list(range(world.world_size)) if world.is_first else None)
         everywhere = world.all_gather_objects(found)
         if world.is_first:
             worst = {case: {name: max(rank[case][name] for rank in everywhere) for name in found[case]} for case in found}

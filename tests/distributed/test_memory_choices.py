@@ -183,7 +183,7 @@ def nvme_file(folder: Path, section: str, **keys) -> Path:
         ("offload_param", {"nvme_path": "/disk"}, "offload_param.device='nvme'; weights are loaded into memory"),
         ("offload_optimizer", {}, "offload_optimizer.device='nvme' needs a nvme_path beside it"),
         ("offload_optimizer", {"nvme_path": "/disk"}, "needs DeepSpeed's async_io, which cannot be built: install libaio-dev"),
-        ("offload_optimizer", {"nvme_path": "/disk", "ratio": 0.5}, "offload_optimizer.ratio=0.5; all of the states lie in one place here"),
+        ("offload_optimizer", {"nvme_path": "/disk", "ratio": 0.5}, "offload_optimizer.ratio=0.5: must be 1, all of the states"),
     ],
 )
 def test_an_offload_that_cannot_be_is_one_line_that_names_the_file(tmp_path, monkeypatch, section, keys, message):
